@@ -1,0 +1,3 @@
+"""The dataflow and the command line."""
+
+__all__: list[str] = []

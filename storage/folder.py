@@ -1,0 +1,169 @@
+"""The data folder: where things lie in it, that it is ours, and who may work on it at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from pathlib import Path
+
+import msgspec
+
+from storage.durable import make_private_folder, write_file_durably
+from storage.env import check_private
+from storage.errors import ForeignFolderError, FormatTooNewError, LockHeldError, StorageError
+
+__all__ = ["DATA_FORMAT", "DataFolder", "RoleLock"]
+
+DATA_FORMAT = 1
+_MARKER = "edgewater.json"
+
+
+class _Marker(msgspec.Struct, forbid_unknown_fields=False):
+    format: int
+    uuid: str
+    created: float
+
+
+class RoleLock:
+    """An exclusive lock on one role of one data folder, held until closed or until the process ends."""
+
+    def __init__(self, path: Path, role: str) -> None:
+        self.role = role
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise LockHeldError(
+                f"another {role} process (pid {holder}) works on this data folder",
+                path=path.parent.parent,
+                hint="stop it first, or use another data_dir",
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Release the role."""
+        os.close(self._fd)
+
+    def __enter__(self) -> RoleLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class DataFolder:
+    """Paths of one data folder, opened only when it is safe and ours."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ring = path / "ring"
+        self.registry = path / "registry"
+        self.versions = path / "versions"
+        self.updates = path / "updates"
+        self.accepted = path / "accepted"
+        self.cache = path / "cache"
+        self.keys = path / "keys"
+        self.run = path / "run"
+        self.report = path / "report.json"
+        self._namespace_fd = -1
+
+    @classmethod
+    def open(cls, path: Path, *, create: bool) -> DataFolder:
+        """Open a data folder, or make one in an empty or missing place.
+
+        Raises: ForeignFolderError, FormatTooNewError, StorageError.
+        """
+        folder = cls(path)
+        marker = path / _MARKER
+        try:
+            if create and not path.exists():
+                make_private_folder(path)
+            if not path.is_dir():
+                raise StorageError(
+                    "no data folder here", path=path, hint="check data_dir, or run Edgewater once"
+                )
+            check_private(path)
+            if not marker.exists():
+                folder._claim_empty(marker, create)
+            folder._check_marker(marker)
+        except OSError as error:
+            hint = "make it writable for this user, or choose another data_dir"
+            raise StorageError(f"cannot be used: {error.strerror}", path=path, hint=hint) from error
+        folder._join_namespace()
+        return folder
+
+    def _claim_empty(self, marker: Path, create: bool) -> None:
+        own = {"ring", "versions", "updates", "accepted", "cache", "keys", "run", f"{_MARKER}.tmp"}
+        strangers = [
+            p.name for p in self.path.iterdir() if p.name not in own or (p.is_dir() and any(p.iterdir()))
+        ]
+        if strangers or not create:
+            hint = "data_dir must be empty or written by Edgewater"
+            raise ForeignFolderError("is not an Edgewater data folder", path=self.path, hint=hint)
+        for part in (self.ring, self.versions, self.updates, self.accepted, self.cache, self.keys, self.run):
+            make_private_folder(part)
+        # The marker is last: a folder that has it is complete. Crash before it: only empty folders of
+        # ours lie here, which the check above lets through at the next start.
+        text = msgspec.json.encode(_Marker(DATA_FORMAT, uuid.uuid4().hex, time.time()))
+        write_file_durably(marker, text + b"\n")
+
+    def _check_marker(self, marker: Path) -> None:
+        try:
+            found = msgspec.json.decode(marker.read_bytes(), type=_Marker)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ForeignFolderError(
+                f"its marker is damaged: {error}", path=marker, hint="restore it"
+            ) from error
+        if found.format > DATA_FORMAT:
+            raise FormatTooNewError(
+                f"data format {found.format} is newer than {DATA_FORMAT}",
+                path=self.path,
+                hint="upgrade Edgewater",
+            )
+
+    def _join_namespace(self) -> None:
+        """Refuse to share the folder with a process of another PID namespace.
+
+        LMDB locks by process id, so two containers with their own PID namespace corrupt each other.
+        Each process holds a shared lock on run/pidns, whose content is the namespace of the holders.
+        """
+        mine = str(Path("/proc/self/ns/pid").readlink()) if Path("/proc/self/ns/pid").exists() else "none"
+        make_private_folder(self.run)
+        fd = os.open(self.run / "pidns", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, mine.encode(), 0)
+        except BlockingIOError:
+            pass
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        theirs = os.pread(fd, 64, 0).decode(errors="replace")
+        if theirs and theirs != mine:
+            os.close(fd)
+            hint = "run all Edgewater processes in one container or pod with a shared PID namespace"
+            raise ForeignFolderError("is in use from another PID namespace", path=self.path, hint=hint)
+        self._namespace_fd = fd
+
+    def close(self) -> None:
+        """Leave the namespace check; paths stay valid."""
+        if self._namespace_fd >= 0:
+            os.close(self._namespace_fd)
+            self._namespace_fd = -1
+
+    def lock(self, role: str) -> RoleLock:
+        """Take a role ("ingest-main", "trainer", "server", "admin"). Raises: LockHeldError."""
+        make_private_folder(self.run)
+        return RoleLock(self.run / f"{role}.lock", role)
+
+    def update_folder(self, shard: str, window: int) -> Path:
+        """Work folder of one update: the claimed samples, checkpoints, the candidate."""
+        return self.updates / f"{shard}-{window:06d}"
+
+    def accepted_file(self, shard: str, window: int) -> Path:
+        """Samples of an accepted window, kept for rehearsal."""
+        return self.accepted / f"{shard}-{window:06d}.blocks"

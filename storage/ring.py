@@ -1,0 +1,442 @@
+"""The ring: the newest samples of one shard, in a file that never grows.
+
+One unnamed LMDB database holds everything, because each further database costs a page a commit. Keys are
+one prefix byte and a big-endian number or a name; those that a commit touches (newest block, positions,
+references, state) sort last and share a leaf page:
+
+    D<u64>   dead letter          b<u64>   block, by its first seq      r<name>  reference values of a source
+    H        header               p<name>  position of an input         s        RingState
+    W<u32>   closed window
+
+A commit is one transaction. It returns after LMDB's two flushes; only then may an input be acknowledged.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+import msgspec
+
+from storage.block import HASH_BYTES, MAX_SAMPLES, Samples, decode_block, encode_block, read_header
+from storage.env import create_environment, open_environment
+from storage.errors import (
+    ForeignFolderError,
+    FormatTooNewError,
+    RingFullError,
+    StorageError,
+    WriteFailedError,
+)
+from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingState
+
+__all__ = ["RING_FORMAT", "Commit", "Ring", "RingHeader", "RingUsage"]
+
+RING_FORMAT = 1
+HIGH_WATER = 0.75  # of the map: evict from here (deletes fail too once LMDB is full)
+LOW_WATER = 0.70  # and down to here, many blocks at a time: an eviction costs pages of its own
+REFUSE = 0.90
+MAX_DEAD_LETTERS = 10_000
+MAX_WINDOW_ROWS = 4_096
+_STATE, _HEADER = b"s", b"H"
+_U64 = struct.Struct(">cQ")
+_U32 = struct.Struct(">cI")
+
+
+class RingHeader(msgspec.Struct, frozen=True):
+    """Written once: what the ring is.
+
+    Attributes:
+        format: RING_FORMAT of the writer.
+        shard: Name of the shard.
+        tokenizer_id: 16 hexadecimal digits; token ids mean nothing without it.
+        dedup_key: Secret of the keyed dedup hashes, 32 bytes.
+    """
+
+    format: int
+    shard: str
+    tokenizer_id: str
+    dedup_key: bytes
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """Everything that becomes durable together.
+
+    Attributes:
+        samples: New samples; `samples.first_seq` must be the ring's next_seq. May be empty.
+        stream_time: Stream time after this commit, seconds.
+        window: The open window after this commit.
+        closed: Windows that this commit closes.
+        counters: Totals by outcome, after this commit.
+        positions: Input name -> position, only those that moved.
+        references: Source name -> reference values of its deadband, only those that changed.
+        dead_letters: Refused inputs.
+        request: Last honoured update request.
+    """
+
+    samples: Samples
+    stream_time: float
+    window: OpenWindow
+    counters: dict[str, int]
+    closed: Sequence[ClosedWindow] = ()
+    positions: Mapping[str, bytes] = {}
+    references: Mapping[str, bytes] = {}
+    dead_letters: Sequence[DeadLetter] = ()
+    request: int = 0
+
+
+class RingUsage(msgspec.Struct, frozen=True):
+    """How full the ring is, bytes and counts."""
+
+    map_bytes: int
+    live_bytes: int
+    first_seq: int
+    next_seq: int
+
+
+class Ring:
+    """One shard's ring. One process writes; others read in short transactions."""
+
+    def __init__(self, folder: Path, env: lmdb.Environment, *, readonly: bool) -> None:
+        self.folder = folder
+        self._env = env
+        self._readonly = readonly
+        self._pid = os.getpid()
+        self._dead = ""
+        self.header = self._read_header()
+        self.state = self.read_state()
+
+    @classmethod
+    def create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
+        """Make a new ring of a fixed size, preallocated, and open it for writing."""
+        create_environment(folder, max_bytes)
+        env = open_environment(folder)
+        header = RingHeader(RING_FORMAT, shard, tokenizer_id, secrets.token_bytes(32))
+        # Crash before this commit: an empty environment, which open_or_create() writes the header into.
+        with env.begin(write=True) as txn:
+            txn.put(_HEADER, msgspec.msgpack.encode(header))
+            txn.put(_STATE, msgspec.msgpack.encode(RingState()))
+        return cls(folder, env, readonly=False)
+
+    @classmethod
+    def open_or_create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
+        """Open the ring of this shard for writing, making it if there is none.
+
+        Raises: ForeignFolderError if it holds tokens of another tokenizer; FormatTooNewError.
+        """
+        if folder.exists() and _is_blank(folder):
+            (folder / "data.mdb").unlink(missing_ok=True)
+            (folder / "lock.mdb").unlink(missing_ok=True)
+            folder.rmdir()
+        if not folder.exists():
+            return cls.create(folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
+        ring = cls(folder, open_environment(folder), readonly=False)
+        if ring.header.tokenizer_id != tokenizer_id:
+            ring.close()
+            raise ForeignFolderError(
+                f"holds tokens of tokenizer {ring.header.tokenizer_id}, the model has {tokenizer_id}",
+                path=folder,
+                hint="use the model it was made with, or a new data_dir",
+            )
+        return ring
+
+    @classmethod
+    def open_reader(cls, folder: Path) -> Ring:
+        """Open for reading beside the writer."""
+        return cls(folder, open_environment(folder, readonly=True), readonly=True)
+
+    def close(self) -> None:
+        """Close the environment; committed data needs no closing to be safe."""
+        self._env.close()
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def commit(self, commit: Commit) -> RingState:
+        """Make a commit durable: block, positions, references, windows, dead letters, state, all or none.
+
+        Returns: The state after it. When this returns, its inputs may be acknowledged.
+        Raises: RingFullError if it cannot fit; WriteFailedError on any I/O error, after which the
+            ring refuses everything (LMDB goes on committing after a failed flush, we do not).
+        """
+        self._check_alive()
+        state, samples = self.state, commit.samples
+        if len(samples) and samples.first_seq != state.next_seq:
+            raise ValueError(f"samples start at {samples.first_seq}, the ring goes on at {state.next_seq}")
+        new_state = msgspec.structs.replace(
+            state,
+            commits=state.commits + 1,
+            next_seq=state.next_seq + len(samples),
+            digest=samples.extend_digest(state.digest),
+            stream_time=commit.stream_time,
+            window=commit.window,
+            counters=dict(commit.counters),
+            request=commit.request,
+        )
+        blocks = self._encode(samples, commit.stream_time)
+        try:
+            with self._env.begin(write=True) as txn:
+                # Crash before the transaction's second flush: none of this happened. After: all of it.
+                new_state = self._evict(txn, new_state, sum(len(block) for _, block in blocks))
+                for first_seq, block in blocks:
+                    txn.put(_U64.pack(b"b", first_seq), block)
+                new_state = self._put_dead_letters(txn, new_state, commit.dead_letters)
+                self._put_windows(txn, commit.closed)
+                for name, position in commit.positions.items():
+                    txn.put(b"p" + name.encode(), position)
+                for name, reference in commit.references.items():
+                    txn.put(b"r" + name.encode(), reference)
+                txn.put(_STATE, msgspec.msgpack.encode(new_state))
+        except lmdb.MapFullError as error:
+            raise RingFullError("the ring is full", path=self.folder, hint="raise ring.max_bytes") from error
+        except (lmdb.Error, OSError) as error:
+            self._dead = str(error)
+            raise WriteFailedError(
+                f"a commit failed: {error}",
+                path=self.folder,
+                hint="check the disk; Edgewater reopens on restart",
+            ) from error
+        self.state = new_state
+        return new_state
+
+    def _encode(self, samples: Samples, arrival: float) -> list[tuple[int, bytes]]:
+        parts = (samples[i : i + MAX_SAMPLES] for i in range(0, len(samples), MAX_SAMPLES))
+        return [(part.first_seq, encode_block(part, self.header.tokenizer_id, arrival)) for part in parts]
+
+    def _evict(self, txn: lmdb.Transaction, state: RingState, incoming: int) -> RingState:
+        """Delete the oldest blocks above the high-water mark, down to the low one."""
+        limit, tail = self.map_bytes, state.tail_seq
+        if _live_bytes(txn) + incoming > HIGH_WATER * limit:
+            cursor = txn.cursor()
+            while (
+                _live_bytes(txn) + incoming > LOW_WATER * limit
+                and cursor.set_range(b"b")
+                and cursor.key()[:1] == b"b"
+            ):
+                tail = read_header(cursor.value()).last_seq + 1
+                cursor.delete()
+        if _live_bytes(txn) + incoming > REFUSE * limit:
+            hint = "raise ring.max_bytes, or lower ring.flush_ms so that commits get smaller"
+            raise RingFullError(f"a commit of {incoming} bytes does not fit", path=self.folder, hint=hint)
+        return msgspec.structs.replace(state, tail_seq=tail)
+
+    def evict_older_than(self, stream_time: float) -> int:
+        """Delete blocks whose commit is older than a stream time. Returns: samples deleted."""
+        self._check_alive()
+        tail = self.state.tail_seq
+        with self._env.begin(write=True) as txn:
+            cursor = txn.cursor()
+            while cursor.set_range(b"b") and cursor.key()[:1] == b"b":
+                header = read_header(cursor.value())
+                if header.arrival >= stream_time:
+                    break
+                tail = header.last_seq + 1
+                cursor.delete()
+            deleted = tail - self.state.tail_seq
+            if deleted:
+                self.state = msgspec.structs.replace(self.state, tail_seq=tail)
+                txn.put(_STATE, msgspec.msgpack.encode(self.state))
+        return deleted
+
+    def _put_dead_letters(
+        self, txn: lmdb.Transaction, state: RingState, letters: Sequence[DeadLetter]
+    ) -> RingState:
+        first, number, size = state.dead_first, state.dead_next, state.dead_bytes
+        limit = self.map_bytes // 16
+        for letter in letters:
+            data = msgspec.msgpack.encode(letter)
+            txn.put(_U64.pack(b"D", number), data)
+            number, size = number + 1, size + len(data)
+        while number - first > MAX_DEAD_LETTERS or (size > limit and number - first > 1):
+            key = _U64.pack(b"D", first)
+            size -= len(txn.get(key, b""))
+            txn.delete(key)
+            first += 1
+        return msgspec.structs.replace(state, dead_first=first, dead_next=number, dead_bytes=size)
+
+    def _put_windows(self, txn: lmdb.Transaction, closed: Sequence[ClosedWindow]) -> None:
+        for row in closed:
+            txn.put(_U32.pack(b"W", row.window), msgspec.msgpack.encode(row))
+            if row.window > MAX_WINDOW_ROWS:
+                txn.delete(_U32.pack(b"W", row.window - MAX_WINDOW_ROWS))
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    @property
+    def map_bytes(self) -> int:
+        """Size of the file, bytes; fixed."""
+        return int(self._env.info()["map_size"])
+
+    def last_transaction(self) -> int:
+        """Number of the newest transaction; it changes whenever anything did."""
+        return int(self._env.info()["last_txnid"])
+
+    def read_state(self) -> RingState:
+        """The state as last committed by whichever process writes."""
+        with self._reading() as txn:
+            found = txn.get(_STATE)
+        return msgspec.msgpack.decode(found, type=RingState) if found else RingState()
+
+    def read(self, first_seq: int, last_seq: int) -> Samples:
+        """Copy a range of samples out of the ring; the read transaction ends before decoding.
+
+        Args:
+            first_seq, last_seq: Both included.
+        Raises: LookupError if any of it is evicted or not there yet; CorruptBlockError.
+        """
+        raw: list[bytes] = []
+        with self._reading() as txn:
+            cursor = txn.cursor()
+            for value in _blocks_from(cursor, first_seq):
+                if read_header(value).first_seq > last_seq:
+                    break
+                raw.append(bytes(value))
+        samples = Samples.concat(decode_block(block) for block in raw)
+        start = first_seq - samples.first_seq
+        part = samples[start : last_seq - samples.first_seq + 1] if raw and start >= 0 else Samples()
+        if len(part) != last_seq - first_seq + 1:
+            raise LookupError(f"samples {first_seq} to {last_seq} are no longer, or not yet, in the ring")
+        return part
+
+    def windows(self, after: int = 0) -> list[ClosedWindow]:
+        """Closed windows with a number above `after`, in order."""
+        with self._reading() as txn:
+            cursor = txn.cursor()
+            rows = []
+            found = cursor.set_range(_U32.pack(b"W", after + 1))
+            while found and cursor.key()[:1] == b"W":
+                rows.append(msgspec.msgpack.decode(cursor.value(), type=ClosedWindow))
+                found = cursor.next()
+        return rows
+
+    def named(self, prefix: str) -> dict[str, bytes]:
+        """Rows by name: prefix "p" for positions, "r" for references."""
+        with self._reading() as txn:
+            cursor = txn.cursor()
+            rows = {}
+            found = cursor.set_range(prefix.encode())
+            while found and cursor.key()[:1] == prefix.encode():
+                rows[bytes(cursor.key()[1:]).decode()] = bytes(cursor.value())
+                found = cursor.next()
+        return rows
+
+    def dead_letters(self, newest: int = 100) -> list[tuple[int, DeadLetter]]:
+        """The newest dead letters with their numbers, oldest first."""
+        state = self.read_state()
+        start = max(state.dead_first, state.dead_next - newest)
+        with self._reading() as txn:
+            found = ((n, txn.get(_U64.pack(b"D", n))) for n in range(start, state.dead_next))
+            return [(n, msgspec.msgpack.decode(data, type=DeadLetter)) for n, data in found if data]
+
+    def newest_hashes(self, count: int) -> list[bytes]:
+        """Dedup hashes of the newest samples, oldest first; the dedup set is rebuilt from them."""
+        parts: list[bytes] = []
+        with self._reading() as txn:
+            cursor = txn.cursor()
+            found = cursor.set_range(b"c") and cursor.prev()  # the state row sorts after every block
+            while found and count > 0 and cursor.key()[:1] == b"b":
+                hashes = decode_block(cursor.value()).hashes
+                take = min(count, len(hashes) // HASH_BYTES)
+                parts.append(hashes[len(hashes) - take * HASH_BYTES :])
+                count -= take
+                found = cursor.prev()
+        return [part[i : i + HASH_BYTES] for part in reversed(parts) for i in range(0, len(part), HASH_BYTES)]
+
+    def usage(self) -> RingUsage:
+        """How full the ring is."""
+        with self._reading() as txn:
+            live = _live_bytes(txn)
+        state = self.read_state()
+        return RingUsage(self.map_bytes, live, state.tail_seq, state.next_seq)
+
+    def check_blocks(self) -> Iterator[tuple[int, str]]:
+        """Verify every block's checksum and the order of seqs.
+
+        Yields: (first seq of a block, "" or what is wrong with it), each block copied out first.
+        """
+        state = self.read_state()
+        expected = state.tail_seq
+        while expected < state.next_seq:
+            with self._reading() as txn:
+                cursor = txn.cursor()
+                if not cursor.set_range(_U64.pack(b"b", expected)) or cursor.key()[:1] != b"b":
+                    yield expected, f"samples from {expected} on are missing"
+                    return
+                key, data = bytes(cursor.key()), bytes(cursor.value())
+            first = _U64.unpack(key)[1]
+            problem = "" if first == expected else f"samples {expected} to {first - 1} are missing"
+            try:
+                samples = decode_block(data)
+                expected = first + len(samples)
+            except StorageError as error:
+                problem, expected = str(error), first + 1
+            yield first, problem
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        if self._readonly:
+            raise StorageError(
+                "opened for reading only", path=self.folder, hint="only ingest writes the ring"
+            )
+        if os.getpid() != self._pid:
+            raise StorageError("used after a fork", path=self.folder, hint="spawn processes, never fork")
+        if self._dead:
+            raise WriteFailedError(
+                f"an earlier commit failed: {self._dead}", path=self.folder, hint="reopen it"
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[lmdb.Transaction]:
+        if os.getpid() != self._pid:
+            raise StorageError("used after a fork", path=self.folder, hint="spawn processes, never fork")
+        with self._env.begin(buffers=False) as txn:
+            yield txn
+
+    def _read_header(self) -> RingHeader:
+        with self._reading() as txn:
+            found = txn.get(_HEADER)
+        if found is None:
+            raise ForeignFolderError("is not a ring", path=self.folder, hint="check data_dir")
+        header = msgspec.msgpack.decode(found, type=RingHeader)
+        if header.format > RING_FORMAT:
+            raise FormatTooNewError(
+                f"ring format {header.format} is newer than {RING_FORMAT}",
+                path=self.folder,
+                hint="upgrade Edgewater",
+            )
+        return header
+
+
+def _blocks_from(cursor: lmdb.Cursor, seq: int) -> Iterator[bytes]:
+    """Values of the block that holds `seq` and of all after it."""
+    key = _U64.pack(b"b", seq)
+    found = cursor.set_range(key)  # always true: the state row sorts last
+    if cursor.key() != key and (not cursor.prev() or cursor.key()[:1] != b"b"):
+        found = cursor.set_range(b"b")  # nothing before: start at the oldest block
+    while found and cursor.key()[:1] == b"b":
+        yield bytes(cursor.value())
+        found = cursor.next()
+
+
+def _live_bytes(txn: lmdb.Transaction) -> int:
+    """Bytes of the pages in use, the free list's not counted."""
+    stat = txn.stat()
+    return (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"]
+
+
+def _is_blank(folder: Path) -> bool:
+    """Whether a folder is an environment without a header (a crash between its two steps)."""
+    if not (folder / "data.mdb").exists():
+        return not any(folder.iterdir())
+    with open_environment(folder, readonly=True) as env, env.begin() as txn:
+        return txn.stat()["entries"] == 0

@@ -1,0 +1,90 @@
+"""Rows that a commit writes beside its block: the open window, closed windows, the state of the shard."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["ClosedWindow", "DeadLetter", "OpenWindow", "RingState"]
+
+
+class OpenWindow(msgspec.Struct, frozen=True):
+    """The window that the next sample joins.
+
+    Attributes:
+        window: Its number, from 1.
+        first_seq: Seq of its first sample.
+        samples, tokens: What it holds so far.
+        first_arrival: Stream time of its first sample, seconds; 0 while it is empty.
+    """
+
+    window: int = 1
+    first_seq: int = 0
+    samples: int = 0
+    tokens: int = 0
+    first_arrival: float = 0.0
+
+
+class ClosedWindow(msgspec.Struct, frozen=True):
+    """A window whose edges are fixed for ever.
+
+    Attributes:
+        window: Its number.
+        first_seq, last_seq: Its samples, both included.
+        samples, tokens: What it holds.
+        closed_at: Stream time of the close, seconds.
+        reason: "samples", "tokens", "age" or "request".
+    """
+
+    window: int
+    first_seq: int
+    last_seq: int
+    samples: int
+    tokens: int
+    closed_at: float
+    reason: str
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """An input that was refused, as received, with its reason.
+
+    Attributes:
+        source: Name of the source it came from.
+        position: Where in the source, for people ("work.jsonl line at byte 812").
+        arrival: Stream time, seconds.
+        reason: Why, and what would be right.
+        data: The bytes, cut at the size that an event may have.
+    """
+
+    source: str
+    position: str
+    arrival: float
+    reason: str
+    data: bytes
+
+
+class RingState(msgspec.Struct, frozen=True):
+    """The one row that every commit overwrites.
+
+    Attributes:
+        commits: Commits so far.
+        next_seq: Seq of the next sample.
+        tail_seq: Oldest seq that is still held (= next_seq when none is).
+        digest: Ring digest, 32 bytes.
+        stream_time: Largest arrival seen, seconds.
+        window: The open window.
+        counters: Events by outcome: "events", "samples", "duplicates", "suppressed", "dead_letters".
+        request: Number of the last update request that closed a window or found none to close.
+        dead_first, dead_next, dead_bytes: Bounds of the dead-letter database.
+    """
+
+    commits: int = 0
+    next_seq: int = 0
+    tail_seq: int = 0
+    digest: bytes = bytes(32)
+    stream_time: float = 0.0
+    window: OpenWindow = OpenWindow()
+    counters: dict[str, int] = {}
+    request: int = 0
+    dead_first: int = 0
+    dead_next: int = 0
+    dead_bytes: int = 0
