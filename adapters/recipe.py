@@ -1,6 +1,6 @@
 """Settings of one update: how it trains (Recipe) and when it may become active (GateLimits).
 
-Light on purpose: the configuration, the trainer loop and the child that trains all import it, only the last has torch.
+Light on purpose: configuration, trainer loop and the child that trains import it, and only the child has torch.
 Numbers start from shared measurements (adapters/NOTES.md); change one only with a measurement beside it.
 """
 
@@ -16,7 +16,7 @@ __all__ = ["FULL_LEARNING_RATE", "LEARNING_RATE", "GateLimits", "Profile", "Reci
 Profile = Literal["fast", "full", "tiny"]
 
 LEARNING_RATE: Final = 1e-3
-"""Peak rate for rank 16 on the upper blocks of a model below 7B parameters ("LoRA without regret"; measured)."""
+"""Peak rate for rank 16 on the upper blocks, below 7B parameters ("LoRA without regret"; measured)."""
 FULL_LEARNING_RATE: Final = 5e-4
 """Peak rate when every block is adapted."""
 
@@ -68,7 +68,7 @@ class GateLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_gain: float = 0.01
     """Held-out bits per byte must fall below the parent's by at least this share."""
     max_anchor_delta_bits: float = 0.08
-    """Measured anchors may rise at most so many bits per token above the base's (STABLE, arXiv 2510.16089)."""
+    """Largest rise of the measured anchors over the base, bits per token (STABLE, arXiv 2510.16089)."""
     max_retention_loss: float = 0.03
     """Held-out parts of past windows may rise at most by this share above the parent's."""
     max_recited: int = 1
