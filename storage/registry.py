@@ -1,0 +1,323 @@
+"""The registry: which windows are being learned, which versions exist, which one is active.
+
+    state       event                        next          durable effect
+    (due)       claim: samples copied out    claimed       window file, then this row
+    claimed     the child ended, files whole staged        candidate and result synced, then this row
+    staged      verdicts recomputed, passed  evaluated     scores in the row
+    staged      a criterion failed           rejected      scores in the row; the cursor moves on
+    evaluated   version signed and renamed   promoted      version row, active pointer and this row together
+    promoted    window kept for rehearsal    acknowledged  work folder gone; the cursor moves on
+    claimed     five own failures            quarantined   the cursor moves on
+    (due)       evicted before its claim     expired       the cursor moves on
+    (due)       nothing in it to learn       skipped       the cursor moves on
+
+Each arrow is one short transaction, written after the files that it names are durable, and may be repeated
+after a crash with the same outcome.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+import msgspec
+
+from storage.env import create_environment, open_environment
+from storage.errors import ForeignFolderError, FormatTooNewError, WriteFailedError
+
+__all__ = [
+    "ActivePointer",
+    "AuditRow",
+    "Registry",
+    "RegistryWriter",
+    "UpdateRow",
+    "UpdateState",
+    "VersionRow",
+]
+
+REGISTRY_FORMAT = 1
+MAP_BYTES = 32 << 20
+MAX_AUDIT_ROWS = 10_000
+_U32 = struct.Struct(">I")
+_U64 = struct.Struct(">Q")
+
+
+class UpdateState(enum.StrEnum):
+    """Where an update stands."""
+
+    CLAIMED = "claimed"
+    STAGED = "staged"
+    EVALUATED = "evaluated"
+    PROMOTED = "promoted"
+    ACKNOWLEDGED = "acknowledged"
+    REJECTED = "rejected"
+    QUARANTINED = "quarantined"
+    SKIPPED = "skipped"
+    EXPIRED = "expired"
+
+
+_ARROWS: dict[UpdateState | None, frozenset[UpdateState]] = {
+    None: frozenset({UpdateState.CLAIMED, UpdateState.EXPIRED, UpdateState.SKIPPED}),
+    UpdateState.CLAIMED: frozenset({UpdateState.STAGED, UpdateState.QUARANTINED, UpdateState.CLAIMED}),
+    UpdateState.STAGED: frozenset({UpdateState.EVALUATED, UpdateState.REJECTED, UpdateState.CLAIMED}),
+    UpdateState.EVALUATED: frozenset({UpdateState.PROMOTED, UpdateState.CLAIMED}),
+    UpdateState.PROMOTED: frozenset({UpdateState.ACKNOWLEDGED}),
+}
+_DECIDED = frozenset(
+    {
+        UpdateState.ACKNOWLEDGED,
+        UpdateState.REJECTED,
+        UpdateState.QUARANTINED,
+        UpdateState.SKIPPED,
+        UpdateState.EXPIRED,
+    }
+)
+
+
+class UpdateRow(msgspec.Struct, frozen=True):
+    """One update, keyed by shard and window.
+
+    Attributes:
+        window, last_window: Its windows, both included; more than one where due windows were merged.
+        first_seq, last_seq, samples: What it owns.
+        samples_sha256: Of the window file.
+        parent: Version that it starts from, 0 for the base.
+        seed: A hash of update.seed, shard and window.
+        failures: Attempts that ended by themselves without passing a new checkpoint.
+        outside_kills: Attempts killed from outside, without progress.
+        progress: Steps of the newest checkpoint.
+        version: Version that it made, 0 while there is none.
+        reason: Why it was rejected, quarantined, skipped or expired.
+        result: The child's result as JSON, b"" before it is staged.
+        settings: Digest of the model, recipe and limits that it was claimed under.
+    """
+
+    shard: str
+    window: int
+    last_window: int
+    first_seq: int
+    last_seq: int
+    samples: int
+    state: UpdateState
+    parent: int = 0
+    samples_sha256: str = ""
+    seed: int = 0
+    failures: int = 0
+    outside_kills: int = 0
+    progress: int = 0
+    version: int = 0
+    reason: str = ""
+    result: bytes = b""
+    settings: str = ""
+
+    @property
+    def decided(self) -> bool:
+        """Whether the next window of the shard may start."""
+        return self.state in _DECIDED
+
+
+class VersionRow(msgspec.Struct, frozen=True):
+    """One version that the gate let through.
+
+    Attributes:
+        version: Its number, from 1.
+        folder: Name of its folder under versions/.
+        parent: Version it was trained from, 0 for the base.
+        shard, window: The update that made it.
+        sha256: Of adapter_model.safetensors.
+        manifest_sha256: Of manifest.json.
+        created: Wall-clock seconds; for people, no decision reads it.
+    """
+
+    version: int
+    folder: str
+    parent: int
+    shard: str
+    window: int
+    sha256: str
+    manifest_sha256: str
+    created: float
+
+
+class ActivePointer(msgspec.Struct, frozen=True):
+    """Which version is active: 0 is the base. `previous` is what `versions rollback` goes back to."""
+
+    version: int = 0
+    previous: int = 0
+
+
+class AuditRow(msgspec.Struct, frozen=True):
+    """Who changed what: promotions, rollbacks, requests, alarms."""
+
+    at: float
+    actor: str
+    action: str
+    detail: str
+
+
+class _Header(msgspec.Struct, frozen=True):
+    format: int
+
+
+class Registry:
+    """Small rows that several processes read and, in short transactions, write."""
+
+    def __init__(self, folder: Path, env: lmdb.Environment) -> None:
+        self.folder = folder
+        self._env = env
+        with env.begin() as txn:
+            found = txn.get(b"H")
+        if found is None:
+            raise ForeignFolderError("is not a registry", path=folder, hint="check data_dir")
+        header = msgspec.msgpack.decode(found, type=_Header)
+        if header.format > REGISTRY_FORMAT:
+            raise FormatTooNewError(
+                f"registry format {header.format} is too new", path=folder, hint="upgrade Edgewater"
+            )
+
+    @classmethod
+    def open_or_create(cls, folder: Path) -> Registry:
+        """Open the registry, making it if there is none; safe against others doing the same."""
+        fd = os.open(folder.parent / "run" / "registry.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not folder.exists():
+                create_environment(folder, MAP_BYTES)
+            env = open_environment(folder)
+            # Crash between creation and this commit: no header, written here by the next start.
+            with env.begin(write=True) as txn:
+                txn.put(b"H", msgspec.msgpack.encode(_Header(REGISTRY_FORMAT)), overwrite=False)
+        finally:
+            os.close(fd)
+        return cls(folder, env)
+
+    @classmethod
+    def open_reader(cls, folder: Path) -> Registry:
+        """Open for reading only."""
+        return cls(folder, open_environment(folder, readonly=True))
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def last_transaction(self) -> int:
+        """Number of the newest transaction; unchanged means that nothing happened."""
+        return int(self._env.info()["last_txnid"])
+
+    @contextmanager
+    def write(self) -> Iterator[RegistryWriter]:
+        """One transaction: everything in it happens, or nothing.
+
+        Raises: WriteFailedError on an I/O error.
+        """
+        try:
+            with self._env.begin(write=True) as txn:
+                yield RegistryWriter(txn)
+        except lmdb.Error as error:
+            raise WriteFailedError(
+                f"a registry commit failed: {error}", path=self.folder, hint="check the disk, then restart"
+            ) from error
+
+    def updates(self, shard: str | None = None) -> list[UpdateRow]:
+        """All updates in order of shard and window, or those of one shard."""
+        prefix = b"U" if shard is None else b"U" + shard.encode() + b"\0"
+        return [msgspec.msgpack.decode(value, type=UpdateRow) for _, value in self._rows(prefix)]
+
+    def cursor(self, shard: str) -> int:
+        """Number of the last window that is decided, 0 before the first."""
+        return self._number(b"c" + shard.encode())
+
+    def versions(self) -> list[VersionRow]:
+        """All versions in order of their numbers."""
+        return [msgspec.msgpack.decode(value, type=VersionRow) for _, value in self._rows(b"V")]
+
+    def active(self) -> ActivePointer:
+        """The active version."""
+        with self._env.begin() as txn:
+            found = txn.get(b"a")
+        return msgspec.msgpack.decode(found, type=ActivePointer) if found else ActivePointer()
+
+    def requests(self) -> int:
+        """Number of the newest update request."""
+        return self._number(b"q")
+
+    def audit(self, newest: int = 100) -> list[AuditRow]:
+        """The newest audit rows, oldest first."""
+        rows = [msgspec.msgpack.decode(value, type=AuditRow) for _, value in self._rows(b"A")]
+        return rows[-newest:]
+
+    def _rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        rows = []
+        with self._env.begin() as txn:
+            cursor = txn.cursor()
+            found = cursor.set_range(prefix)
+            while found and cursor.key().startswith(prefix):
+                rows.append((bytes(cursor.key()), bytes(cursor.value())))
+                found = cursor.next()
+        return rows
+
+    def _number(self, key: bytes) -> int:
+        with self._env.begin() as txn:
+            found = txn.get(key)
+        return int(_U64.unpack(found)[0]) if found else 0
+
+
+class RegistryWriter:
+    """The writes that one registry transaction may hold."""
+
+    def __init__(self, txn: lmdb.Transaction) -> None:
+        self._txn = txn
+
+    def put_update(self, row: UpdateRow) -> None:
+        """Write an update's row; a decided one moves the shard's cursor.
+
+        Raises: ValueError on an arrow that the table above does not have (writing the same row again
+            is none: a crash may repeat it).
+        """
+        key = b"U" + row.shard.encode() + b"\0" + _U32.pack(row.window)
+        found = self._txn.get(key)
+        before = msgspec.msgpack.decode(found, type=UpdateRow) if found else None
+        if before != row and row.state not in _ARROWS.get(before.state if before else None, frozenset()):
+            raise ValueError(f"window {row.window}: {before.state if before else 'due'} -> {row.state}")
+        self._txn.put(key, msgspec.msgpack.encode(row))
+        if row.decided:
+            self._txn.put(b"c" + row.shard.encode(), _U64.pack(row.last_window))
+
+    def put_version(self, row: VersionRow) -> None:
+        """Write a version's row."""
+        self._txn.put(b"V" + _U32.pack(row.version), msgspec.msgpack.encode(row))
+
+    def set_active(self, version: int) -> None:
+        """Move the active pointer; the version that was active becomes the previous one."""
+        found = self._txn.get(b"a")
+        before = msgspec.msgpack.decode(found, type=ActivePointer) if found else ActivePointer()
+        if version != before.version:
+            self._txn.put(b"a", msgspec.msgpack.encode(ActivePointer(version, before.version)))
+
+    def add_request(self) -> int:
+        """Ask that the open window be closed now. Returns: the request's number."""
+        found = self._txn.get(b"q")
+        number = (_U64.unpack(found)[0] if found else 0) + 1
+        self._txn.put(b"q", _U64.pack(number))
+        return int(number)
+
+    def add_audit(self, row: AuditRow) -> None:
+        """Append to the audit; the oldest rows go when there are more than 10,000."""
+        found = self._txn.get(b"n")
+        number = _U64.unpack(found)[0] if found else 0
+        self._txn.put(b"A" + _U64.pack(number), msgspec.msgpack.encode(row))
+        self._txn.put(b"n", _U64.pack(number + 1))
+        if number >= MAX_AUDIT_ROWS:
+            self._txn.delete(b"A" + _U64.pack(number - MAX_AUDIT_ROWS))
