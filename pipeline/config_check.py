@@ -1,0 +1,130 @@
+"""What one value of the configuration cannot show: keys that do not fit, texts of a certain form."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Any, Final
+
+from pipeline.config_decode import Decoder
+from pipeline.render import TemplateError, compile_template
+from pipeline.settings import Config, Source
+from pipeline.toml_lines import KeyPath
+from pipeline.units import Size
+
+__all__ = ["address", "check"]
+
+_MIN_RING_BYTES: Final = 16 * 1024 * 1024
+_STORED_BYTES_PER_TOKEN: Final = 4
+"""Id, mask and share of the other columns, before compression; an upper bound for 16-bit ids."""
+
+
+def address(listen: str) -> tuple[str, int] | None:
+    """Split "127.0.0.1:9464" or "[::1]:9464"; None for an empty text.
+
+    Raises: ValueError unless it is a loopback address and a port from 1 to 65535.
+    """
+    if not listen:
+        return None
+    host, colon, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
+    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError('expected an address and a port, as in "127.0.0.1:9464"')
+    if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+        raise ValueError("expected a loopback address")
+    return host, int(port)
+
+
+def check(config: Config, raw: dict[str, Any], decoder: Decoder, require_sources: bool) -> None:
+    """Note what single values cannot show: keys that do not fit each other."""
+    if require_sources and not config.sources and decoder.is_sound(("sources",)) and not raw.get("sources"):
+        hint = 'begin with [[sources]], name = "inbox", kind = "files", path = "inbox/*.jsonl"'
+        decoder.fault(("sources",), "no source: there is nothing to read", hint)
+    _check_sources(config, raw, decoder)
+    _check_redact(config, decoder)
+    _check_sizes(config, decoder)
+    for table, listen in (("health", config.health.listen), ("serve", config.serve.listen)):
+        try:
+            address(listen)
+        except ValueError:
+            hint = 'write it as in "127.0.0.1:9464"; a reverse proxy with a password may publish it'
+            decoder.fault((table, "listen"), "expected a loopback address and a port", hint)
+
+
+def _check_sources(config: Config, raw: dict[str, Any], decoder: Decoder) -> None:
+    """Check names, and that each kind has what it needs.
+
+    Walks the raw list, because only there the indices are those of the file.
+    """
+    for index, source in zip(decoder.kept.get(("sources",), ()), config.sources, strict=True):
+        _check_render(source, ("sources", index, "render"), decoder)
+    names: dict[str, int] = {}
+    stdin: int | None = None
+    listed = raw.get("sources")
+    for index, entry in enumerate(listed if isinstance(listed, list) else []):
+        if not isinstance(entry, dict):
+            continue
+        at: KeyPath = ("sources", index)
+        name, kind = entry.get("name"), entry.get("kind")
+        if isinstance(name, str) and names.setdefault(name, index) != index:
+            hint = "give each source a name of its own"
+            decoder.fault((*at, "name"), f'"{name}" is also the name of sources[{names[name]}]', hint)
+        if kind == "files" and not entry.get("path") and decoder.is_sound((*at, "path")):
+            decoder.fault((*at, "path"), 'missing; kind "files" needs it', 'write it as in "inbox/*.jsonl"')
+        if kind == "stdin":
+            if entry.get("path"):
+                decoder.fault((*at, "path"), 'kind "stdin" has no path', 'remove it, or use kind = "files"')
+            if stdin is not None:
+                decoder.fault((*at, "kind"), f"sources[{stdin}] already reads standard input", "remove one")
+            stdin = index if stdin is None else stdin
+
+
+def _check_render(source: Source, at: KeyPath, decoder: Decoder) -> None:
+    """Check that a template is one, and does not stand beside the list that it replaces."""
+    template = source.render.template
+    if not template or not decoder.is_sound(at):
+        return
+    if source.render.tags:
+        decoder.fault((*at, "tags"), "has no effect beside a template", "remove one of the two")
+    try:
+        places = compile_template(template)
+    except TemplateError as error:
+        decoder.fault((*at, "template"), "not a template", str(error))
+        return
+    if not any(tag for _, tag in places):
+        decoder.fault((*at, "template"), "holds no {tag}: every reading would be the same text", "name a tag")
+
+
+def _check_redact(config: Config, decoder: Decoder) -> None:
+    """Check that each rule is a preset or a pattern, and that a pattern compiles."""
+    for index, rule in zip(decoder.kept.get(("redact",), ()), config.redact, strict=True):
+        at: KeyPath = ("redact", index)
+        if any(key[:2] == at for key in decoder.faulty):
+            continue
+        if bool(rule.preset) == bool(rule.pattern):
+            decoder.fault(at, "expected either preset or pattern", 'as in preset = "email"')
+            continue
+        try:
+            rule.compiled()
+        except (re.error, RecursionError, OverflowError) as error:
+            hint = "write it in single quotes, in the syntax of Python's re module"
+            decoder.fault((*at, "pattern"), f"not a regular expression: {error}", hint)
+
+
+def _check_sizes(config: Config, decoder: Decoder) -> None:
+    """Check what must be large enough for something else."""
+    trigger, update = config.trigger, config.update
+    # A quarter is kept free; the waiting windows and the open one should not be evicted before their turn.
+    waiting = (trigger.max_due + 1) * trigger.min_tokens * _STORED_BYTES_PER_TOKEN * 4 // 3
+    needed = Size(-(-max(_MIN_RING_BYTES, waiting) // 2**20) * 2**20)
+    keys: list[KeyPath] = [("ring", "max_bytes"), ("trigger", "max_due"), ("trigger", "min_tokens")]
+    if decoder.is_sound(*keys) and config.ring.max_bytes < needed:
+        message = f"too small for {trigger.max_due} waiting windows of {trigger.min_tokens} tokens"
+        decoder.fault(keys[0], message, f'at least "{needed}"')
+    row: KeyPath = ("update", "row_tokens")
+    for key, tokens in ((keys[2], trigger.min_tokens), (("update", "max_tokens"), update.max_tokens)):
+        if decoder.is_sound(key, row) and tokens < update.row_tokens:
+            decoder.fault(key, "less than one row", f"at least update.row_tokens, {update.row_tokens}")
+    if decoder.is_sound(("ingest", "processes")) and config.ingest.processes > 1:
+        hint = "set it to 1, or run one instance a data folder"
+        decoder.fault(("ingest", "processes"), "this version runs one ingest process", hint)
