@@ -1,0 +1,146 @@
+"""Losses over the vocabulary that never hold more logits than one chunk, and give their gradient in the same sweep.
+
+A plain cross-entropy keeps T x V logits, their softmax and their gradient: 3 x 100 MB for 512 tokens of a
+49,152-word vocabulary. Here each chunk of positions makes its logits, turns them into the gradient of the hidden states
+at once, and drops them; the head is frozen, so nothing else is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["anchor_loss", "distill", "next_token_loss", "token_nll"]
+
+CHUNK_TOKENS = 256
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum over positions of a loss of softmax(h W^T), where `kind` turns probabilities into dL/dlogits in place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, kind: Any) -> Tensor:
+        grad = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float64)
+        logits = torch.empty(CHUNK_TOKENS, head.shape[0], dtype=head.dtype)
+        probabilities = torch.empty_like(logits)
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            n = len(hidden[part])
+            torch.mm(hidden[part], head.t(), out=logits[:n])
+            p = torch.softmax(logits[:n], dim=-1, out=probabilities[:n])  # (C, V)
+            total += kind(p, part)
+            torch.mm(p, head, out=grad[part])
+        ctx.save_for_backward(grad)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None
+
+
+def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy, nats, differentiable in `hidden` only.
+
+    Args:
+        hidden: Normed hidden states of the positions that predict, (T, D).
+        head: Frozen output embedding, (V, D).
+        targets: Ids that they should predict, (T,) int64.
+    """
+
+    def grade(p: Tensor, part: slice) -> Tensor:
+        at = targets[part, None]
+        loss = -p.gather(1, at).float().clamp_min(1e-30).log().sum(dtype=torch.float64)
+        # d(-log p_t)/dlogits = p - onehot(t)
+        p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
+        return loss
+
+    return _apply(hidden, head, grade)
+
+
+def anchor_loss(hidden: Tensor, head: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
+    """Summed KL(base || model), nats, over the base's K likeliest tokens and one class for all others.
+
+    It is 0 exactly where the model agrees with the base on those classes, and needs K numbers a position, not V.
+
+    Args:
+        hidden: (T, D).
+        head: (V, D).
+        top_ids: The base's likeliest next tokens, (T, K) int64.
+        top_logprobs: Their log-probabilities under the base, (T, K) float, nats.
+    Source: for classes c, dKL/dz_j = q_j - p_j in the top K and q_j (1 - p_rest / q_rest) elsewhere.
+    """
+    base = top_logprobs.double().exp()
+    base_rest = (1 - base.sum(1)).clamp_min(1e-6)
+
+    def grade(p: Tensor, part: slice) -> Tensor:
+        q = p.gather(1, top_ids[part]).double().clamp_min(1e-30)
+        q_rest = (1 - q.sum(1)).clamp_min(1e-6)
+        known, rest = base[part], base_rest[part]
+        loss = (known * (top_logprobs[part].double() - q.log())).sum() + (rest * (rest / q_rest).log()).sum()
+        p.mul_((1 - rest / q_rest).to(p.dtype)[:, None])
+        p.scatter_(1, top_ids[part], (q - known).to(p.dtype))
+        return loss
+
+    return _apply(hidden, head, grade)
+
+
+def _apply(hidden: Tensor, head: Tensor, kind: Any) -> Tensor:
+    loss: Tensor = _HeadLoss.apply(hidden, head, kind)  # type: ignore[no-untyped-call]  # torch's is untyped
+    return loss
+
+
+class _Buffers:
+    """Room for one chunk's logits; pages fresh from the system each time cost as much as the product itself."""
+
+    def __init__(self, head: Tensor) -> None:
+        shape = (CHUNK_TOKENS, head.shape[0])
+        self.raw, self.wide = torch.empty(shape, dtype=head.dtype), torch.empty(shape)
+
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """float32 logits of at most CHUNK_TOKENS positions; valid until the next call."""
+        raw = torch.mm(hidden, head.t(), out=self.raw[: len(hidden)])
+        return self.wide[: len(hidden)].copy_(raw)
+
+
+@torch.no_grad()
+def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each token, and whether greedy decoding would have chosen it.
+
+    Args:
+        hidden: (T, D).
+        head: (V, D).
+        targets: (T,) int64.
+    Returns: Negative log-likelihood, (T,) float32, nats; and a (T,) bool tensor.
+    """
+    losses, hits = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.bool)
+    buffers = _Buffers(head)
+    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        logits = buffers.logits(hidden[part], head)
+        chosen = logits.gather(1, targets[part, None])
+        top = logits.amax(dim=1, keepdim=True)
+        hits[part] = (chosen >= top).squeeze(1)
+        total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)  # in place: no second T x V
+        losses[part] = (total.log_() + top - chosen).squeeze(1)
+    return losses, hits
+
+
+@torch.no_grad()
+def distill(hidden: Tensor, base_hidden: Tensor, head: Tensor) -> float:
+    """Summed KL(base, version), nats, over whole distributions at the same positions.
+
+    Args:
+        hidden, base_hidden: Normed hidden states under the version and under the base, (T, D).
+        head: (V, D).
+    """
+    total = 0.0
+    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        own = torch.log_softmax((hidden[part] @ head.t()).float(), dim=-1)
+        base = torch.log_softmax((base_hidden[part] @ head.t()).float(), dim=-1)
+        total += float((base.exp() * (base - own)).sum(dtype=torch.float64))
+    return total
