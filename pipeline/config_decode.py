@@ -99,7 +99,9 @@ class Decoder:
         """Note a fault of a key."""
         self.faulty.add(key)
         for overridden in self.overridden:
-            if key[: len(overridden)] == overridden:
+            below = key[: len(overridden)] == overridden
+            # --set a.b=1 where `a` is no table: the file does not mention `a` at all.
+            if below or (overridden[: len(key)] == key and key not in self.lines):
                 self.faults.append(Fault("--set", None, dotted(key), message, suggestion))
                 return
         line = next((self.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.lines), None)
@@ -318,9 +320,6 @@ def _choice(kind: Any, value: object) -> str:
 
 def _near(name: str, at: KeyPath, here: list[str], root: type[msgspec.Struct]) -> str:
     """Suggest the key that was meant: a similar one in this table, else the same word in another."""
-    close = difflib.get_close_matches(name, here, n=1)
-    if close:
-        return f'did you mean "{close[0]}"?'
     elsewhere = {
         (table, key)
         for table, field in fields_of(root).items()
@@ -331,6 +330,9 @@ def _near(name: str, at: KeyPath, here: list[str], root: type[msgspec.Struct]) -
     top = [key for key in fields_of(root) if at and key == name]
     if moved or top:
         return f'did you mean "{(top + moved)[0]}"? it stands in another table'
+    close = difflib.get_close_matches(name, here, n=1)
+    if close:
+        return f'did you mean "{close[0]}"?'
     return f"known here: {', '.join(here)}"
 
 
