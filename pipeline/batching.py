@@ -1,0 +1,103 @@
+"""All grouping happens here: chunks from the connectors become Batches, closed on count, bytes or time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from pipeline.events import Batch, Line
+from pipeline.sources.inbox import Chunk, Inbox
+
+__all__ = ["Assembler", "BatchLimits"]
+
+POLL_S = 0.1  # a Bytewax source must not wait longer: stop and the clock are looked at between
+TICK_S = 1.0
+
+
+class BatchLimits(msgspec.Struct, frozen=True):
+    """When a Batch closes.
+
+    Attributes:
+        lines, data_bytes: At least so much (a chunk is never cut).
+        flush_s: So long after its first line arrived.
+    """
+
+    lines: int = 1_000
+    data_bytes: int = 1 << 20
+    flush_s: float = 2.0
+
+
+class Assembler:
+    """Turns the inbox into Batches and ticks.
+
+    Args:
+        inbox: Where connectors put chunks.
+        limits: When a Batch closes.
+        finite: Whether the stream ends: its ticks then carry no time, so that they decide nothing.
+        monotonic, wall: Clocks; tests bring their own.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        limits: BatchLimits,
+        *,
+        finite: bool,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._inbox = inbox
+        self._limits = limits
+        self._finite = finite
+        self._monotonic, self._wall = monotonic, wall
+        self._chunks: list[Chunk] = []
+        self._lines = self._bytes = 0
+        self._opened = 0.0
+        self._ticked = monotonic()
+
+    def poll(self, *, stopping: bool = False) -> Batch | None:
+        """Wait up to 100 ms. Returns: a Batch that is ready, a tick once a second, or None."""
+        wait = 0.0 if stopping else POLL_S
+        while (chunk := self._inbox.get(wait)) is not None:
+            self._take(chunk)
+            if self._full() or chunk.urgent:
+                return self._close()
+            wait = 0.0  # whatever is there already joins at once
+        now = self._monotonic()
+        ended = stopping or self._inbox.drained
+        if self._chunks and (ended or now - self._opened >= self._limits.flush_s):
+            return self._close()
+        if now - self._ticked >= TICK_S:
+            self._ticked = now
+            return Batch([], now=0.0 if self._finite else self._wall())
+        return None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no line is held back."""
+        return not self._chunks
+
+    def _take(self, chunk: Chunk) -> None:
+        if not self._chunks:
+            self._opened = self._monotonic()
+        self._chunks.append(chunk)
+        self._lines += len(chunk.lines)
+        self._bytes += sum(len(line.data) for line in chunk.lines)
+
+    def _full(self) -> bool:
+        return self._lines >= self._limits.lines or self._bytes >= self._limits.data_bytes
+
+    def _close(self) -> Batch:
+        chunks, self._chunks = self._chunks, []
+        self._lines = self._bytes = 0
+        lines: list[Line] = []
+        positions: dict[str, bytes] = {}
+        receipts: list[tuple[object, object]] = []
+        for chunk in chunks:
+            lines += chunk.lines
+            positions |= chunk.positions
+            if chunk.receipt is not None:
+                receipts.append((chunk.connector, chunk.receipt))
+        return Batch(lines, positions=positions, receipts=receipts)

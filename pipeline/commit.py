@@ -1,0 +1,130 @@
+"""Commit: the one step that writes. After it returns, inputs are acknowledged and windows may be due."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import cast
+
+import msgspec
+
+from pipeline.events import Batch, Outcome
+from pipeline.sources.inbox import Connector
+from pipeline.triggers import Trigger, walk
+from storage.ring import Commit, Ring
+from storage.windows import ClosedWindow, RingState
+
+__all__ = ["CommitStep", "Committed"]
+
+log = logging.getLogger("edgewater.commit")
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """What one Batch became.
+
+    Attributes:
+        state: The ring's state after it.
+        outcome: Its inputs by outcome.
+        closed: Windows that it closed.
+        seconds: How long the transaction took; 0 where nothing was written.
+    """
+
+    state: RingState
+    outcome: Outcome
+    closed: list[ClosedWindow]
+    seconds: float
+
+
+class CommitStep:
+    """Commits each Batch with its positions and window edges, then acknowledges its receipts.
+
+    Args:
+        ring: The shard's ring, open for writing.
+        trigger: When windows close.
+        requests: Number of the newest `edgewater update` request; a tick honours it.
+        decided: Called with the windows that a commit closed, after it: wakes the trainer, and in
+            lockstep returns only when they are decided.
+        max_age_s: Evict samples older than this in stream time, seconds; 0 never.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        trigger: Trigger,
+        requests: Callable[[], int],
+        decided: Callable[[list[ClosedWindow]], None],
+        max_age_s: float = 0.0,
+    ) -> None:
+        self._ring = ring
+        self._trigger = trigger
+        self._requests = requests
+        self._decided = decided
+        self._max_age_s = max_age_s
+        self._swept = ring.state.stream_time
+
+    def __call__(self, batch: Batch) -> Committed:
+        """Make a Batch durable.
+
+        Raises: WriteFailedError, RingFullError: nothing of it is stored or acknowledged then.
+        """
+        state = self._ring.state
+        arrivals = _never_back(state.stream_time, batch.arrivals)
+        stream_time = max(arrivals[-1] if arrivals else state.stream_time, batch.now)
+        request = state.request if batch.lines else self._requests()
+        window, closed = walk(
+            self._trigger, state.window, state.next_seq, batch.samples.lengths, arrivals,
+            tick=stream_time if batch.now else 0.0, requested=request > state.request,
+        )  # fmt: skip
+        if not (batch.lines or closed or batch.positions or request != state.request):
+            return Committed(state, batch.outcome, [], 0.0)
+        batch.samples.first_seq = state.next_seq
+        started = time.monotonic()
+        # The commit point. Crash before: the inputs come again, none was acknowledged.
+        # After: all of it is there, and what comes again is dropped by position or hash.
+        state = self._ring.commit(
+            Commit(
+                samples=batch.samples,
+                stream_time=stream_time,
+                window=window,
+                closed=closed,
+                counters=_counted(state.counters, batch),
+                positions=batch.positions,
+                references=batch.references,
+                dead_letters=batch.dead,
+                request=request,
+            )
+        )
+        seconds = time.monotonic() - started
+        _acknowledge(batch)
+        self._evict_old(stream_time)
+        if closed:
+            self._decided(closed)
+        return Committed(state, batch.outcome, closed, seconds)
+
+    def _evict_old(self, stream_time: float) -> None:
+        # Twenty sweeps an age: each costs a commit of its own, and none is needed more often.
+        if self._max_age_s and stream_time - self._swept > self._max_age_s / 20:
+            self._swept = stream_time
+            self._ring.evict_older_than(stream_time - self._max_age_s)
+
+
+def _never_back(start: float, arrivals: list[float]) -> list[float]:
+    return list(itertools.accumulate(arrivals, max, initial=start))[1:]
+
+
+def _counted(counters: dict[str, int], batch: Batch) -> dict[str, int]:
+    out = dict(counters)
+    out["events"] = out.get("events", 0) + len(batch.lines)
+    for name, count in msgspec.structs.asdict(batch.outcome).items():
+        out[name] = out.get(name, 0) + count
+    return out
+
+
+def _acknowledge(batch: Batch) -> None:
+    by_connector: dict[int, tuple[Connector, list[object]]] = {}
+    for connector, receipt in batch.receipts:
+        by_connector.setdefault(id(connector), (cast("Connector", connector), []))[1].append(receipt)
+    for owner, receipts in by_connector.values():
+        owner.acknowledge(receipts)

@@ -1,0 +1,161 @@
+"""Dedup: drop what was delivered or said before, within a horizon; the one step that remembers events.
+
+Its memory is the newest `horizon` hashes, which lie in the ring's blocks and are read back at the start,
+so nothing has to be written for it. Readings that report by exception are suppressed here too, because
+their reference values are the same kind of memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+
+from pipeline.events import Batch, Event, Exchange, Line, Reading, Text
+from pipeline.render import Deadband
+from storage.block import HASH_BYTES
+
+__all__ = ["Dedup", "DedupMode", "SeenHashes"]
+
+DedupMode = str  # "delivery" | "content" | "none", checked by the configuration
+NO_HASH = bytes(HASH_BYTES)
+
+
+class SeenHashes:
+    """The newest `horizon` hashes, first in first out.
+
+    Holds the leading 8 bytes of each as an integer: among 200,000 of them a new event is taken for an
+    old one by chance once in 10^14. About 80 bytes a hash.
+    """
+
+    def __init__(self, horizon: int, hashes: Iterable[bytes] = ()) -> None:
+        self._horizon = horizon
+        self._order: array[int] = array("Q", bytes(8 * horizon))
+        self._next = 0
+        self._seen: set[int] = set()
+        for digest in hashes:
+            self.add(digest)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return int.from_bytes(digest[:8], "little") in self._seen
+
+    def add(self, digest: bytes) -> None:
+        """Remember the hash of a sample; the oldest one beyond the horizon is forgotten."""
+        key = int.from_bytes(digest[:8], "little")
+        if digest == NO_HASH or key in self._seen or not self._horizon:
+            return
+        slot = self._next % self._horizon
+        if self._next >= self._horizon:
+            self._seen.discard(self._order[slot])
+        self._order[slot] = key
+        self._seen.add(key)
+        self._next += 1
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """The last reported reading of a source: what the next is compared with."""
+
+    ts: float
+    values: dict[str, float]
+
+
+class Dedup:
+    """Drops duplicates and unremarkable readings of each Batch.
+
+    Args:
+        key: Secret of the hashes, so that they tell nothing of what was said.
+        seen: Hashes of the newest samples.
+        references: Source -> encoded Reference, as the ring holds them.
+        mode_of: (source, kind of event) -> "delivery", "content" or "none".
+        deadband_of: Source -> its deadband, None if it reports everything.
+    """
+
+    def __init__(
+        self,
+        key: bytes,
+        seen: SeenHashes,
+        references: Mapping[str, bytes],
+        mode_of: Callable[[str, str], DedupMode],
+        deadband_of: Callable[[str], Deadband | None],
+    ) -> None:
+        self._key = key
+        self._seen = seen
+        decode = msgspec.msgpack.Decoder(Reference).decode
+        self._references = {source: decode(data) for source, data in references.items()}
+        self._mode_of = mode_of
+        self._deadband_of = deadband_of
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Keep the first of each; count the rest as duplicates or suppressed."""
+        keep: list[int] = []
+        hashes: list[bytes] = []
+        changed: dict[str, Reference] = {}
+        duplicates = suppressed = 0
+        for i, (number, event) in enumerate(batch.events):
+            line = batch.lines[number]
+            digest = self._hash(event, line)
+            if digest in self._seen:
+                duplicates += 1
+            elif isinstance(event, Reading) and not self._reports(event, line, batch.times[i], changed):
+                suppressed += 1
+            else:
+                # Only what is stored is remembered: the set that a restart reads back is this one.
+                self._seen.add(digest)
+                keep.append(i)
+                hashes.append(digest)
+        return msgspec.structs.replace(
+            batch,
+            events=[batch.events[i] for i in keep],
+            times=[batch.times[i] for i in keep],
+            arrivals=[batch.arrivals[i] for i in keep],
+            hashes=hashes,
+            references={source: msgspec.msgpack.encode(ref) for source, ref in changed.items()},
+            outcome=msgspec.structs.replace(batch.outcome, duplicates=duplicates, suppressed=suppressed),
+        )
+
+    def _hash(self, event: Event, line: Line) -> bytes:
+        source = event.source or line.origin.source
+        mode = self._mode_of(source, type(event).__struct_config__.tag)  # type: ignore[arg-type]
+        if mode == "none":
+            return NO_HASH
+        if mode == "content":
+            identity: object = ("c", source, _content(event))
+        elif event.id is not None:
+            identity = ("i", source, event.id)
+        elif event.ts is not None:
+            identity = ("t", source, event.ts, _content(event))
+        elif line.offset >= 0:
+            identity = ("p", line.origin.input, line.offset, line.data)
+        else:
+            return NO_HASH  # nothing tells a redelivery from a new event: see the README
+        data = msgspec.msgpack.encode(identity)
+        return hashlib.blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
+
+    def _reports(self, event: Reading, line: Line, ts: float, changed: dict[str, Reference]) -> bool:
+        source = event.source or line.origin.source
+        deadband = self._deadband_of(source)
+        if deadband is None:
+            return True
+        last = self._references.get(source)
+        if last and deadband.silent(last.values, event.values, ts - last.ts):
+            return False
+        values = {**(last.values if last else {}), **event.values}
+        self._references[source] = changed[source] = Reference(ts, values)
+        return True
+
+
+def _content(event: Event) -> object:
+    match event:
+        case Reading():
+            return sorted(event.values.items())
+        case Text():
+            return event.text
+        case Exchange():
+            return [(m.role, m.content) for m in event.messages]
+        case _:
+            return (event.about, event.rating, event.correction)

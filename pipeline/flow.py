@@ -1,0 +1,103 @@
+"""The dataflow: source -> decode -> redact -> dedup -> tokenize -> commit, one Batch at a time.
+
+Bytewax schedules it and keeps no state: recovery, offsets and dedup are the ring's. One partition, one
+worker: several partitions would be polled in turn, each waiting for the others.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+
+import bytewax.operators as op
+from bytewax.dataflow import Dataflow
+from bytewax.inputs import DynamicSource, StatelessSourcePartition
+from bytewax.outputs import DynamicSink, StatelessSinkPartition
+
+from pipeline.batching import Assembler
+from pipeline.commit import Committed
+from pipeline.events import Batch
+from pipeline.sources.inbox import Inbox
+
+__all__ = ["Step", "build_flow"]
+
+Step = Callable[[Batch], Batch]
+# A time in the past: always ready. The wait is the queue's, so a clock that steps back stalls nothing.
+_NOW = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
+
+
+class _Partition(StatelessSourcePartition[Batch]):
+    def __init__(self, assembler: Assembler, inbox: Inbox, stopping: Callable[[], bool], limit: int) -> None:
+        self._assembler, self._inbox, self._stopping = assembler, inbox, stopping
+        self._left = limit
+
+    def next_batch(self) -> list[Batch]:
+        stopping = self._stopping() or self._left <= 0
+        over = stopping or self._inbox.drained or self._inbox.fault is not None
+        batch = self._assembler.poll(stopping=over)
+        if batch is None:
+            if over and self._assembler.empty:
+                raise StopIteration
+            return []
+        self._left -= len(batch.lines)
+        return [batch]
+
+    def next_awake(self) -> datetime.datetime | None:
+        return _NOW
+
+
+class _Source(DynamicSource[Batch]):
+    def __init__(self, make: Callable[[], _Partition]) -> None:
+        self._make = make
+
+    def build(self, step_id: str, worker_index: int, worker_count: int) -> _Partition:
+        if worker_count != 1:
+            raise ValueError("the ingest flow runs in one worker: use ingest.processes to scale out")
+        return self._make()
+
+
+class _SinkPartition(StatelessSinkPartition[Committed]):
+    def __init__(self, done: Callable[[Committed], None]) -> None:
+        self._done = done
+
+    def write_batch(self, items: list[Committed]) -> None:
+        for item in items:
+            self._done(item)
+
+
+class _Sink(DynamicSink[Committed]):
+    def __init__(self, done: Callable[[Committed], None]) -> None:
+        self._done = done
+
+    def build(self, step_id: str, worker_index: int, worker_count: int) -> _SinkPartition:
+        return _SinkPartition(self._done)
+
+
+def build_flow(
+    *,
+    inbox: Inbox,
+    assembler: Assembler,
+    stopping: Callable[[], bool],
+    steps: dict[str, Step],
+    commit: Callable[[Batch], Committed],
+    done: Callable[[Committed], None],
+    max_events: int = 0,
+) -> Dataflow:
+    """Build the dataflow.
+
+    Args:
+        inbox, assembler: Where Batches come from.
+        stopping: True when the flow must end: the last Batch is still committed.
+        steps: Name -> step, in order.
+        commit: The writing step.
+        done: Called with what each Batch became.
+        max_events: End after at least so many inputs; 0 never.
+    """
+    flow = Dataflow("edgewater")
+    limit = max_events or 1 << 62
+    stream = op.input("source", flow, _Source(lambda: _Partition(assembler, inbox, stopping, limit)))
+    for name, step in steps.items():
+        stream = op.map(name, stream, step)
+    committed = op.map("commit", stream, commit)
+    op.output("done", committed, _Sink(done))
+    return flow

@@ -1,0 +1,234 @@
+"""The ingest process: connectors, dataflow and ring of one shard, until a clean stop. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from bytewax.testing import run_main
+
+from pipeline.batching import Assembler, BatchLimits
+from pipeline.capture import CaptureWriter
+from pipeline.commit import CommitStep, Committed
+from pipeline.config import Config
+from pipeline.decode import decode
+from pipeline.dedup import Dedup, SeenHashes
+from pipeline.events import Batch
+from pipeline.flow import Step, build_flow
+from pipeline.health import IngestMetrics
+from pipeline.rules import SourceRules
+from pipeline.sources.files import FilesConnector
+from pipeline.sources.inbox import Connector, Inbox
+from pipeline.sources.stdin import StdinConnector
+from pipeline.tokenization import BatchTokenizer, TokenizeStep
+from pipeline.triggers import ThresholdTrigger
+from storage.folder import DataFolder
+from storage.registry import Registry
+from storage.ring import Ring
+from storage.wake import wake
+from storage.windows import ClosedWindow, RingState
+
+__all__ = ["SHARD", "IngestOptions", "connectors_of", "ingest", "stop_on_signals"]
+
+SHARD = "main"
+LOCKSTEP_POLL_S = 0.05
+log = logging.getLogger("edgewater.ingest")
+
+
+class IngestOptions(msgspec.Struct, frozen=True):
+    """How one run of ingest differs from the configuration.
+
+    Attributes:
+        finite: The sources end; nothing is closed by age after their end.
+        lockstep: Go on after a window's close only when that window is decided.
+        max_events: End after at least so many inputs; 0 never.
+        capture: Folder to record the inputs in; None records nothing.
+    """
+
+    finite: bool = False
+    lockstep: bool = False
+    max_events: int = 0
+    capture: Path | None = None
+
+
+def connectors_of(config: Config, *, finite: bool) -> list[Connector]:
+    """The connectors that the configuration names."""
+    made: list[Connector] = []
+    for source in config.sources:
+        if source.kind == "files":
+            made.append(FilesConnector(source.name, source.path, finite=finite))
+        else:
+            made.append(StdinConnector(source.name))
+    return made
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second signal of the same kind acts as it would without us."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ingest(
+    config: Config,
+    folder: DataFolder,
+    model: Path,
+    connectors: Sequence[Connector],
+    options: IngestOptions,
+    stop: threading.Event,
+    metrics: IngestMetrics | None = None,
+) -> RingState:
+    """Run the dataflow until its sources end or `stop` is set; everything acknowledged is then durable.
+
+    Returns: The ring's last state.
+    Raises: StorageError, BaseModelError before anything is read; WriteFailedError when a commit failed;
+        OSError when a source broke.
+    """
+    tokenizer = BatchTokenizer(model)
+    ring = Ring.open_or_create(
+        folder.ring / SHARD,
+        shard=SHARD,
+        tokenizer_id=tokenizer.manifest.tokenizer_id,
+        max_bytes=int(config.ring.max_bytes),
+    )
+    registry = Registry.open_or_create(folder.registry)
+    with contextlib.closing(ring), contextlib.closing(registry), _capturing(config, options) as recorder:
+        decided = partial(_announce, folder)
+        if options.lockstep:
+            decided = partial(_await_decisions, folder, registry, stop)
+            decided(ring.windows(after=registry.cursor(SHARD)))
+        if metrics:
+            metrics.attach(ring, registry)
+        try:
+            _run(config, ring, tokenizer, connectors, options, stop, recorder, registry, decided, metrics)
+        finally:
+            if metrics:
+                metrics.attach(None, None)
+        return ring.state
+
+
+def _run(
+    config: Config,
+    ring: Ring,
+    tokenizer: BatchTokenizer,
+    connectors: Sequence[Connector],
+    options: IngestOptions,
+    stop: threading.Event,
+    recorder: CaptureWriter | None,
+    registry: Registry,
+    decided: Callable[[list[ClosedWindow]], None],
+    metrics: IngestMetrics | None,
+) -> None:
+    inbox = Inbox()
+    limits = BatchLimits(flush_s=config.ring.flush_ms / 1_000)
+    commit = CommitStep(ring, _trigger(config), registry.requests, decided, float(config.ring.max_age))
+    faults: list[BaseException] = []
+    flow = build_flow(
+        inbox=inbox,
+        assembler=Assembler(inbox, limits, finite=options.finite),
+        stopping=stop.is_set,
+        steps=_steps(config, ring, tokenizer, recorder),
+        commit=partial(_guarded, commit, faults),
+        done=metrics.observe if metrics else lambda committed: None,
+        max_events=options.max_events,
+    )
+    positions = ring.named("p")
+    for connector in connectors:
+        connector.start(inbox, positions)
+    try:
+        run_main(flow)  # type: ignore[no-untyped-call]
+    except Exception:
+        # Bytewax wraps what a step raised; the step's own error says what to do.
+        if faults:
+            raise faults[0] from None
+        raise
+    finally:
+        inbox.closed.set()
+        for connector in connectors:
+            connector.stop()
+    if inbox.fault is not None:
+        raise inbox.fault
+
+
+def _steps(
+    config: Config, ring: Ring, tokenizer: BatchTokenizer, recorder: CaptureWriter | None
+) -> dict[str, Step]:
+    rules = SourceRules(config)
+    horizon = config.dedup.horizon_events
+    started = time.monotonic()
+    seen = SeenHashes(horizon, ring.newest_hashes(horizon))
+    log.info("read %d dedup hashes back in %.2f s", len(seen), time.monotonic() - started)
+    dedup = Dedup(ring.header.dedup_key, seen, ring.named("r"), rules.dedup_mode, rules.deadband)
+    steps: dict[str, Step] = {
+        "decode": partial(decode, refusal=tokenizer.refusal),
+        "redact": rules.redact,
+        "dedup": dedup,
+        "tokenize": TokenizeStep(tokenizer, rules.render),
+    }
+    return {"capture": partial(_record, recorder), **steps} if recorder else steps
+
+
+def _trigger(config: Config) -> ThresholdTrigger:
+    trigger = config.trigger
+    return ThresholdTrigger(trigger.min_samples, trigger.min_tokens, float(trigger.max_age))
+
+
+def _guarded(commit: CommitStep, faults: list[BaseException], batch: Batch) -> Committed:
+    try:
+        return commit(batch)
+    except Exception as error:
+        faults.append(error)
+        raise
+
+
+def _record(recorder: CaptureWriter, batch: Batch) -> Batch:
+    recorder.write(batch.lines)
+    return batch
+
+
+@contextlib.contextmanager
+def _capturing(config: Config, options: IngestOptions) -> Iterator[CaptureWriter | None]:
+    if options.capture is None:
+        yield None
+        return
+    from pipeline.config import digest
+
+    with CaptureWriter(options.capture, gateway=config.gateway.name, config=digest(config)) as writer:
+        yield writer
+
+
+def _announce(folder: DataFolder, closed: list[ClosedWindow]) -> None:
+    for window in closed:
+        log.info("window %d closed by %s: %d samples", window.window, window.reason, window.samples)
+    wake(folder.run)
+
+
+def _await_decisions(
+    folder: DataFolder, registry: Registry, stop: threading.Event, closed: list[ClosedWindow]
+) -> None:
+    """Lockstep: hold the stream at a window's close until the trainer decided it."""
+    if not closed:
+        return
+    _announce(folder, closed)
+    seen = -1
+    while not stop.is_set():
+        if seen != (seen := registry.last_transaction()) and registry.cursor(SHARD) >= closed[-1].window:
+            return
+        time.sleep(LOCKSTEP_POLL_S)

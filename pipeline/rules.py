@@ -1,0 +1,92 @@
+"""What holds for a source: its own settings, or the defaults of its kind of event."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import msgspec
+
+from pipeline.config import source_defaults
+from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading, Text
+from pipeline.render import Deadband, render_reading
+from pipeline.settings import Config, Render, Source
+
+__all__ = ["SourceRules"]
+
+MAX_REMEMBERED = 4_096
+
+
+class SourceRules:
+    """Answers per source what dedup, redact and render ask; an unnamed source gets the defaults."""
+
+    def __init__(self, config: Config) -> None:
+        self._sources = {source.name: source for source in config.sources}
+        self._redactions = [(rule.compiled(), frozenset(rule.sources)) for rule in config.redact]
+        self._horizon = config.dedup.horizon_events
+        self._modes: dict[tuple[str, str], str] = {}
+
+    def dedup_mode(self, source: str, kind: str) -> str:
+        """ "delivery", "content" or "none" for events of a kind from a source."""
+        mode = self._modes.get((source, kind))
+        if mode is None:
+            defaults = source_defaults(source, kind)
+            named = self._sources.get(source, defaults)
+            mode = (named.dedup or defaults.dedup or "none") if self._horizon else "none"
+            if len(self._modes) < MAX_REMEMBERED:  # names come from the events: remember only so many
+                self._modes[source, kind] = mode
+        return mode
+
+    def deadband(self, source: str) -> Deadband | None:
+        """The source's deadband, None if every reading is kept."""
+        return self._deadbands.get(source)
+
+    def render(self, source: str, event: Reading) -> str:
+        """A reading as text."""
+        named = self._sources.get(source)
+        how = named.render if named else Render()
+        return render_reading(
+            event, source, template=how.template, tags=how.tags, units=how.units, digits=how.digits
+        )
+
+    def redact(self, batch: Batch) -> Batch:
+        """Take out of events and dead letters what the rules name, before anything is hashed or stored."""
+        if not self._redactions:
+            return batch
+        events = [
+            (number, self._redact_event(event, event.source or batch.lines[number].origin.source))
+            for number, event in batch.events
+        ]
+        dead = [msgspec.structs.replace(d, data=self._clean_bytes(d.data, d.source)) for d in batch.dead]
+        return msgspec.structs.replace(batch, events=events, dead=dead)
+
+    @cached_property
+    def _deadbands(self) -> dict[str, Deadband]:
+        return {name: band for name, source in self._sources.items() if (band := _deadband(source))}
+
+    def _clean(self, text: str, source: str) -> str:
+        for (pattern, replacement), sources in self._redactions:
+            if not sources or source in sources:
+                text = pattern.sub(replacement, text)
+        return text
+
+    def _clean_bytes(self, data: bytes, source: str) -> bytes:
+        return self._clean(data.decode(errors="surrogateescape"), source).encode(errors="surrogateescape")
+
+    def _redact_event(self, event: Event, source: str) -> Event:
+        match event:
+            case Text():
+                return msgspec.structs.replace(event, text=self._clean(event.text, source))
+            case Exchange():
+                messages = [Message(m.role, self._clean(m.content, source)) for m in event.messages]
+                return msgspec.structs.replace(event, messages=messages)
+            case Feedback() if event.correction is not None:
+                return msgspec.structs.replace(event, correction=self._clean(event.correction, source))
+            case _:
+                return event
+
+
+def _deadband(source: Source) -> Deadband | None:
+    silence = float(source.max_silence)
+    if isinstance(source.deadband, dict):
+        return Deadband(source.deadband, None, silence) if source.deadband else None
+    return Deadband({}, source.deadband, silence) if source.deadband else None

@@ -1,0 +1,159 @@
+"""Tokenize: texts and exchanges become token ids and a loss mask, through fastokens.
+
+Text is encoded with special tokens split, so that no data can produce a control token.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from fastokens import Tokenizer
+
+from adapters.model_folder import BaseModelError, ChatFormat, ModelManifest, verify
+from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading
+from storage.block import Samples
+
+__all__ = ["BatchTokenizer", "TokenizeStep"]
+
+_NO_TEXT = ""
+
+
+class BatchTokenizer:
+    """The base model's tokenizer, checked against its golden encodings when it is opened."""
+
+    def __init__(self, model: Path) -> None:
+        self.manifest: ModelManifest = verify(model, weights=False)
+        self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        texts = [golden.text for golden in self.manifest.golden]
+        if self.encode(texts) != [golden.ids for golden in self.manifest.golden]:
+            raise BaseModelError(
+                "its golden encodings no longer come out",
+                path=model / "tokenizer.json",
+                hint="run 'edgewater model prepare' again with this version",
+            )
+
+    def encode_flat(self, texts: list[str]) -> tuple[array[int], array[int]]:
+        """Encode texts.
+
+        Returns: all ids flat, and len(texts) + 1 offsets into them.
+        """
+        raw_ids, raw_offsets = self._tokenizer.encode_batch_flat(texts, False, True)
+        ids: array[int] = array("I")
+        ids.frombytes(raw_ids)
+        offsets: array[int] = array("Q")
+        offsets.frombytes(raw_offsets)
+        return ids, offsets
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts to a list of ids each."""
+        ids, offsets = self.encode_flat(texts)
+        return [ids[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))]
+
+    def refusal(self, event: Event) -> str:
+        """Why this base model cannot learn from an event, "" if it can."""
+        if isinstance(event, Feedback) and event.correction is not None:
+            return f"no answer {event.about!r} is known here to correct"
+        if not isinstance(event, Exchange):
+            return ""
+        chat = self.manifest.chat
+        if chat is None:
+            return "the base model has no chat template that can be learned from"
+        unknown = sorted({m.role for m in event.messages} - chat.roles.keys())
+        return f"the base model's chat template knows no role {unknown[0]!r}" if unknown else ""
+
+    def encode_exchange(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        """Encode a dialogue in the model's chat form.
+
+        Returns: token ids, and a mask that is 1 on the assistant's words and their end-of-turn token.
+        Raises: KeyError or ValueError where `refusal` has a reason.
+        """
+        chat = self.manifest.chat
+        if chat is None:
+            raise ValueError("no chat template")
+        contents = self.encode([message.content for message in messages])
+        ids, mask = self._opening(chat, messages)
+        for message, content in zip(messages, contents, strict=True):
+            role = chat.roles[message.role]
+            learned = message.role == "assistant"
+            ids += [*role.prefix, *content, *role.suffix]
+            mask += [0] * len(role.prefix) + [int(learned)] * len(content)
+            mask += [int(learned and i < role.learned) for i in range(len(role.suffix))]
+        return ids, mask
+
+    def _opening(self, chat: ChatFormat, messages: list[Message]) -> tuple[list[int], list[int]]:
+        implied = [] if messages[0].role == "system" else chat.default_system
+        ids = [*chat.start, *implied]
+        return ids, [0] * len(ids)
+
+
+class TokenizeStep:
+    """Renders and tokenizes the events of a Batch; a pure function of it.
+
+    Args:
+        tokenizer: Of the base model.
+        render: (source, reading) -> text.
+    """
+
+    def __init__(self, tokenizer: BatchTokenizer, render: Callable[[str, Reading], str]) -> None:
+        self._tokenizer = tokenizer
+        self._render = render
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Turn events into samples, in order."""
+        if not batch.events:
+            return batch
+        texts = [self._text(event, batch.lines[n].origin.source) for n, event in batch.events]
+        flat, offsets = self._tokenizer.encode_flat(texts)
+        plain = not any(isinstance(event, Exchange | Feedback) for _, event in batch.events)
+        if plain:
+            lengths = array("I", [offsets[i + 1] - offsets[i] for i in range(len(texts))])
+            return self._finish(batch, texts, lengths, flat, bytearray(b"\x01") * len(flat))
+        return self._mixed(batch, texts, flat, offsets)
+
+    def _text(self, event: Event, source: str) -> str:
+        match event:
+            case Reading():
+                return self._render(event.source or source, event)
+            case Exchange() | Feedback():
+                return _NO_TEXT  # encoded on its own below, or nothing to learn
+            case _:
+                return event.text
+
+    def _mixed(self, batch: Batch, texts: list[str], flat: array[int], offsets: array[int]) -> Batch:
+        lengths, ids, mask = array("I"), array("I"), bytearray()
+        for i, (_, event) in enumerate(batch.events):
+            part, part_mask = self._one(event, flat[offsets[i] : offsets[i + 1]].tolist())
+            lengths.append(len(part))
+            ids.extend(part)
+            mask.extend(part_mask)
+        return self._finish(batch, texts, lengths, ids, mask)
+
+    def _one(self, event: Event, plain: list[int]) -> tuple[list[int], list[int]]:
+        match event:
+            case Exchange():
+                return self._tokenizer.encode_exchange(event.messages)
+            case Feedback():
+                return [], []  # a bare rating is stored and trains nothing
+            case _:
+                return plain, [1] * len(plain)
+
+    def _finish(
+        self, batch: Batch, texts: list[str], lengths: array[int], ids: array[int], mask: bytearray
+    ) -> Batch:
+        samples = Samples(
+            0,
+            [event.source or batch.lines[n].origin.source for n, event in batch.events],
+            [str(type(event).__struct_config__.tag) for _, event in batch.events],
+            [event.subject or "" for _, event in batch.events],
+            array("d", batch.times),
+            lengths,
+            ids,
+            mask,
+            b"".join(batch.hashes),
+            None if self._tokenizer.manifest.lossless else texts,
+        )
+        outcome = msgspec.structs.replace(batch.outcome, samples=len(samples))
+        return msgspec.structs.replace(batch, samples=samples, outcome=outcome)
