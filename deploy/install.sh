@@ -107,7 +107,7 @@ choose() { # Leave at $venv an environment whose torch is a CPU build.
 choose
 say "packages"
 pip install setuptools
-pip install --no-build-isolation "${editable[@]}" ".[$extras]"
+pip install --no-build-isolation "${editable[@]}" ".${extras:+[$extras]}"
 "$venv/bin/python" -m pip check >&2 || die "the installed versions do not fit together; remove $venv and install again"
 if [ "${CUDA:-0}" != 1 ] && "$venv/bin/python" -m pip --disable-pip-version-check list 2>/dev/null | grep -qE '^(nvidia|triton|cuda)'; then
   die "$venv holds CUDA packages; remove it and install again, or accept them with CUDA=1"
