@@ -239,6 +239,10 @@ class _AddedToken(msgspec.Struct):
     content: str
 
 
+class _Config(msgspec.Struct):
+    vocab_size: int
+
+
 class _Model(msgspec.Struct):
     vocab: dict[str, int]
 
@@ -255,16 +259,17 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def token_bytes(folder: Path) -> list[bytes]:
     """Read the bytes that each token id decodes to from tokenizer.json; control tokens have none.
 
-    Returns: One entry an id; ids that the tokenizer does not use are empty.
-    Raises: BaseModelError when tokenizer.json is missing or damaged.
+    Returns: One entry for each id of the model; ids that the tokenizer does not use are empty.
+    Raises: BaseModelError when tokenizer.json or config.json is missing or damaged.
     """
-    path = folder / TOKENIZER
     try:
-        parsed = msgspec.json.decode(path.read_bytes(), type=_Tokenizer)
+        parsed = msgspec.json.decode((folder / TOKENIZER).read_bytes(), type=_Tokenizer)
+        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=_Config)
     except (OSError, msgspec.MsgspecError) as error:
-        raise BaseModelError(f"cannot be read: {error}", path=path, hint=_AGAIN) from error
+        raise BaseModelError(f"cannot be read: {error}", path=folder, hint=_AGAIN) from error
     vocab = parsed.model.vocab
-    table = [b""] * (max([*vocab.values(), *(token.id for token in parsed.added_tokens)], default=-1) + 1)
+    used = max([*vocab.values(), *(token.id for token in parsed.added_tokens)], default=-1) + 1
+    table = [b""] * max(used, config.vocab_size)
     spell = _byte_level if b"ByteLevel" in bytes(parsed.decoder) else _sentence_piece
     for token, index in vocab.items():
         table[index] = spell(token)

@@ -64,7 +64,7 @@ def tiny_source() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_source: Path) -> Path:
-    """A prepared tiny base (4 blocks, width 64, 768 ids, 8 + 8 anchors of 64); read it, do not change it."""
+    """A prepared tiny base (4 blocks, width 64, 512 ids, 8 + 8 anchors of 64); read it, do not change it."""
     from adapters.base_model import prepare
 
     folder = _cache() / f"tiny-{_builder_hash()}"

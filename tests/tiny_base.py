@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["CHAT_TEMPLATE", "SPECIALS", "VOCAB", "build_hf_folder", "maintenance_lines"]
 
-VOCAB = 768
+VOCAB = 512
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
