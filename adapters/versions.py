@@ -1,7 +1,7 @@
 """Versions: immutable folders that the gate let through, each signed, each checked before it is used.
 
 1. v000007-….tmp/ written, files and folder synced.   Crash: recover() deletes it.
-2. Renamed to v000007-…, versions/ synced.            Crash: unreferenced; deleted, or taken again as it is.
+2. Renamed to v000007-…, versions/ synced.            Crash: no row names it: deleted, then made again.
 3. One registry transaction: version row, active pointer, update promoted. From here it is active.
 """
 

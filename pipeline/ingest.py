@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from storage.ring import Ring
 from storage.wake import wake
 from storage.windows import ClosedWindow, RingState
 
-__all__ = ["SHARD", "IngestOptions", "connectors_of", "ingest", "stop_on_signals"]
+__all__ = ["SHARD", "IngestOptions", "connectors_of", "ingest"]
 
 SHARD = "main"
 LOCKSTEP_POLL_S = 0.05
@@ -67,23 +66,6 @@ def connectors_of(config: Config, *, finite: bool) -> list[Connector]:
         else:
             made.append(StdinConnector(source.name))
     return made
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second signal of the same kind acts as it would without us."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def ingest(

@@ -1,0 +1,248 @@
+"""`run`, `replay` and `demo`: both processes under one supervisor, with progress, to an end or for ever."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.config import EMBEDDED_MODEL, Config
+from pipeline.progress import Progress, describe
+from pipeline.report import Report, build_report, write_report
+from pipeline.roles import model_folder
+from pipeline.sources.lines import LineSplitter, open_stream
+from pipeline.supervise import Child, Supervisor
+from storage.durable import write_file_durably
+from storage.errors import StorageError
+from storage.folder import DataFolder
+from storage.registry import Registry
+from storage.ring import Ring
+
+__all__ = ["ReplayRecord", "ensure_model", "run_gateway", "run_replay"]
+
+SHARD = "main"
+_RECORD = "replay.json"
+
+
+class ReplayRecord(msgspec.Struct, frozen=True):
+    """What a replayed data folder was fed, so that --resume feeds the same.
+
+    Attributes:
+        file, sha256: The file's name and content.
+        lines: How many it holds, the header not counted.
+        finished: Whether it was fed to its end.
+    """
+
+    file: str
+    sha256: str
+    lines: int
+    finished: bool = False
+
+
+def ensure_model(config: Config, progress: Progress) -> Path:
+    """The prepared base model; the embedded one is prepared when it is missing.
+
+    Raises: BaseModelError.
+    """
+    folder = model_folder(config)
+    if config.model.path != EMBEDDED_MODEL or (folder / "edgewater-model.json").exists():
+        return folder
+    from adapters.base_model import prepare
+
+    progress.say("preparing the embedded base model SmolLM2-135M-Instruct (once, about a minute)")
+    prepare("embedded", folder, progress=lambda phase, done: progress.show(f"model: {phase}", done))
+    progress.clear()
+    return folder
+
+
+def run_gateway(
+    config: Config, arguments: Sequence[str], *, once: bool, updates: bool, max_events: int
+) -> int:
+    """Run ingest and trainer until a signal, or with `once` until the sources are drained and decided.
+
+    Args:
+        config: The configuration.
+        arguments: --config and --set as given, for the children.
+    Returns: The exit code.
+    """
+    from pipeline.roles import stop_on_signals
+
+    progress = Progress()
+    with stop_on_signals() as stop:
+        folder = DataFolder.open(config.data_dir, create=True)
+        with folder.lock("supervisor"):
+            ensure_model(config, progress)
+            has_stdin = any(source.kind == "stdin" for source in config.sources)
+            ingest_flags = ["--finite", "--lockstep"] if once else []
+            if not updates:
+                ingest_flags = [flag for flag in ingest_flags if flag != "--lockstep"]
+            if max_events:
+                ingest_flags += ["--max-events", str(max_events)]
+            ingest = Child("ingest", ["ingest", *arguments, *ingest_flags], stdin=has_stdin)
+            trainer = Child("trainer", ["train", *arguments, *(["--lockstep"] if once else [])])
+            children = [ingest, trainer] if updates else [ingest]
+            code = Supervisor(children, stop).run(lambda: ingest.done and (not updates or _decided(folder)))
+        write_report(folder, build_report(folder))
+        return code
+
+
+def run_replay(
+    config: Config,
+    arguments: Sequence[str],
+    file: Path,
+    *,
+    resume: bool,
+    speed: float = 0.0,
+    updates: bool = True,
+    progress: Progress,
+) -> Report:
+    """Feed a capture or plain lines into a data folder of its own, in lockstep with the updates.
+
+    Args:
+        config: With data_dir set to that folder and no health server.
+        arguments: --config and --set for the children.
+        resume: Go on in a folder that already holds a part of the same file.
+    Returns: The learning report, also written to the data folder.
+    Raises: StorageError where the folder holds something else; SystemExit with a child's code.
+    """
+    from pipeline.roles import stop_on_signals
+
+    record = _record(file)
+    with stop_on_signals() as stop:
+        folder = DataFolder.open(config.data_dir, create=True)
+        with folder.lock("supervisor"):
+            before = _check_record(folder, record, resume)
+            if before is not None and before.finished:
+                return build_report(folder)
+            ensure_model(config, progress)
+            write_file_durably(folder.path / _RECORD, msgspec.json.encode(record))
+            code = _feed(folder, arguments, file, record, speed, updates, stop, progress)
+            progress.clear()
+            report = build_report(folder)
+            if code == 0 and not stop.is_set():
+                finished = msgspec.structs.replace(record, finished=True)
+                write_file_durably(folder.path / _RECORD, msgspec.json.encode(finished))
+            write_report(folder, report)
+    if code or stop.is_set():
+        raise SystemExit(code or 1)
+    return report
+
+
+def _feed(
+    folder: DataFolder,
+    arguments: Sequence[str],
+    file: Path,
+    record: ReplayRecord,
+    speed: float,
+    updates: bool,
+    stop: threading.Event,
+    progress: Progress,
+) -> int:
+    watcher = _Watcher(folder, record.lines, progress)
+    flags = ["--replay", str(file), "--speed", str(speed), "--finite", *(["--lockstep"] if updates else [])]
+    ingest = Child("ingest", ["ingest", *arguments, *flags])
+    trainer = Child("trainer", ["train", *arguments, "--lockstep", "--reports"], watcher.told)
+    supervisor = Supervisor([ingest, trainer] if updates else [ingest], stop)
+    return supervisor.run(lambda: ingest.done and (not updates or _decided(folder)), watcher.look)
+
+
+class _Watcher:
+    """Turns what the processes wrote and told into progress."""
+
+    def __init__(self, folder: DataFolder, lines: int, progress: Progress) -> None:
+        self._folder, self._lines, self._progress = folder, lines, progress
+        self._training: dict[str, Any] = {}
+        self._seen = (-1, -1)
+        self._decided = {window.window for window in build_report(folder).windows if window.reason}
+
+    def told(self, report: dict[str, Any]) -> None:
+        """A running update reports."""
+        self._training = report
+        done, words = describe(report)
+        self._progress.show(f"window {report['window']}", done, words)
+
+    def look(self) -> None:
+        """Show how far the stream is, when something changed."""
+        marks = (_transaction(self._folder.ring / SHARD), _transaction(self._folder.registry))
+        if marks == self._seen:
+            return
+        self._seen = marks
+        report = build_report(self._folder)
+        for window in report.windows:
+            final = window.decision in ("promoted", "rejected", "quarantined", "skipped", "expired")
+            if final and window.window not in self._decided:
+                self._decided.add(window.window)
+                self._progress.say(_sentence(window))
+        if self._lines:
+            words = f"{report.events:,} of {self._lines:,} events, {report.samples:,} samples"
+            self._progress.show("stream", report.events / self._lines, words)
+
+
+def _sentence(window: Any) -> str:
+    scores = ""
+    if window.base_bits_per_byte and window.active_bits_per_byte is not None:
+        ratio = window.active_bits_per_byte / window.base_bits_per_byte
+        scores = (
+            f": before training {window.active_bits_per_byte:.2f} bits per byte, {ratio:.0%} of the base's"
+        )
+    what = f"promoted as version {window.version}" if window.decision == "promoted" else window.decision
+    why = f" ({window.reason})" if window.reason else ""
+    return f"window {window.window} {what} in {window.seconds:.0f} s{scores}{why}"
+
+
+def _transaction(path: Path) -> int:
+    """A cheap mark that changes with every commit: LMDB writes one of its two meta pages each time."""
+    try:
+        with (path / "data.mdb").open("rb") as file:
+            return hash(file.read(8_192))
+    except OSError:
+        return -1
+
+
+def _decided(folder: DataFolder) -> bool:
+    """Whether every closed window is decided."""
+    try:
+        with Ring.open_reader(folder.ring / SHARD) as ring, Registry.open_reader(folder.registry) as registry:
+            return not ring.windows(after=registry.cursor(SHARD))
+    except StorageError:
+        return False
+
+
+def _record(file: Path) -> ReplayRecord:
+    digest = hashlib.sha256()
+    with file.open("rb") as raw:
+        while data := raw.read(1 << 20):
+            digest.update(data)
+    splitter, lines = LineSplitter(), 0
+    with open_stream(file) as stream:
+        first = True
+        while data := stream.read(1 << 20):
+            found = splitter.feed(data)
+            lines += len(found)
+            if first and found:
+                lines -= b'"edgewater_capture"' in found[0][1]
+                first = False
+        lines += len(splitter.finish())
+    return ReplayRecord(file.name, digest.hexdigest(), lines)
+
+
+def _check_record(folder: DataFolder, record: ReplayRecord, resume: bool) -> ReplayRecord | None:
+    """What the folder holds already. Raises: StorageError if that is not a part of this replay."""
+    path = folder.path / _RECORD
+    if not path.exists():
+        if (folder.ring / SHARD).exists():
+            hint = "choose an empty folder: a replay has one of its own"
+            raise StorageError("holds a live stream, not a replay", path=folder.path, hint=hint)
+        return None
+    before = msgspec.json.decode(path.read_bytes(), type=ReplayRecord)
+    if before.sha256 != record.sha256:
+        hint = "replay that file, or choose another folder"
+        raise StorageError(f"holds a replay of {before.file} with other content", path=folder.path, hint=hint)
+    if not resume and not before.finished:
+        hint = "add --resume to go on, or choose another folder"
+        raise StorageError("holds an unfinished replay of this file", path=folder.path, hint=hint)
+    return before
