@@ -52,6 +52,8 @@ brings_cuda() { # brings_cuda REPORT: pip's plan names a package of the CUDA sta
   grep -qE '"name": "(nvidia|cuda|triton|pytorch-triton)' "$1"
 }
 
+failure="" # why the last Python did not do: "pip" found no torch at all, or what it found brings "cuda"
+
 torch_is_cpu() { # In the environment as it is now: prefer the CPU index, else what pip finds if that is a CPU build.
   if index_answers "$venv/bin/python"; then
     say "torch from $index"
@@ -61,13 +63,14 @@ torch_is_cpu() { # In the environment as it is now: prefer the CPU index, else w
   local report
   report=$(mktemp)
   if ! pip install --dry-run --report "$report" torch >&2; then
-    rm -f "$report"
-    return 1
+    failure=pip
+  elif brings_cuda "$report"; then
+    failure=cuda
+  else
+    failure=""
   fi
-  local verdict=0
-  if brings_cuda "$report"; then verdict=1; fi
   rm -f "$report"
-  return $verdict
+  [ -z "$failure" ]
 }
 
 make_venv() { # make_venv PYTHON: an environment of that Python at $venv; keeps one that fits
@@ -83,20 +86,23 @@ ready() { # The environment at $venv can take the installation.
 
 choose() { # Leave at $venv an environment whose torch is a CPU build.
   if [ -z "${PYTHON:-}" ] && usable "$venv/bin/python" && ready; then return 0; fi
-  local tried="" python
+  local tried="" cuda_found="" python
   for python in ${PYTHON:-python3.12 python3.11 python3}; do
     usable "$python" || continue
     tried="$tried $python"
     make_venv "$python"
     say "$("$venv/bin/python" --version) at $(command -v "$python")"
     if ready; then return 0; fi
-    say "no CPU build of torch is found for $python"
+    [ $failure = cuda ] && cuda_found=1 && say "the torch that pip finds for $python brings CUDA"
+    [ $failure = pip ] && say "pip finds no torch for $python"
   done
   if [ -z "$tried" ]; then
     die "no Python 3.11 or 3.12 that can make virtual environments (tried ${PYTHON:-python3.12, python3.11, python3});
   install one (Debian: apt-get install python3 python3-venv) or name it with PYTHON=/path/to/python3.11"
   fi
   rm -rf "$venv"
+  [ -n "$cuda_found" ] || die "pip finds no torch for any of:$tried; what it says stands above. Without network, put the wheels of
+  deploy/constraints.txt into a folder and name that with WHEELS=FOLDER (deploy/INSTALL.md)."
   die "the torch that pip finds brings CUDA (gigabytes that this project does not use), for each of:$tried. Either
   - let this machine reach $index, or name a mirror of it with TORCH_INDEX=URL, or
   - put a CPU wheel of torch into a folder and name that with WHEELS=FOLDER, or

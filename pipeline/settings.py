@@ -71,7 +71,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Who this box is."""
 
     name: Name = "gateway"
-    """Name of this gateway, in metrics and in the manifests of the versions it makes."""
+    """Name of this gateway, in captures and in the manifests of the versions it makes."""
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):

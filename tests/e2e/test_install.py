@@ -112,6 +112,15 @@ def test_a_torch_that_brings_cuda_is_refused_with_ways_out(project: Path) -> Non
     assert not (project / ".venv").exists()
 
 
+def test_no_torch_at_all_is_not_taken_for_cuda(project: Path) -> None:
+    """A network that is down asks for other help than a torch that is too large."""
+    refused = _install(project)
+    assert refused.returncode == 1
+    assert "pip finds no torch" in refused.stderr
+    assert "CUDA=1" not in refused.stderr
+    assert not (project / ".venv").exists()
+
+
 def test_cuda_comes_when_it_is_asked_for(project: Path) -> None:
     """CUDA=1 is the accident's opposite."""
     write_wheel(str(project.parent / "wheels"), "torch", "2.13.0", ["nvidia-cublas"])
