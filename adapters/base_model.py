@@ -111,6 +111,7 @@ def prepare(
             raise BaseModelError(f"cannot be written: {reason}", path=into, hint=hint) from error
         finally:
             remove_folder(work)
+            remove_folder(_beside(into, ".tmp"))
     return manifest
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Golden",
     "ModelManifest",
     "RoleFormat",
+    "byte_letters",
     "cache_dir",
     "default_model_dir",
     "file_sha256",
@@ -226,7 +227,7 @@ _AGAIN = "restore the folder, or delete it and run `edgewater model prepare`"
 def replace_unencodable(manifest: ModelManifest) -> Callable[[str], str]:
     """Return the function that makes any text encodable: characters without ids become U+FFFD.
 
-    The tokenizer raises on such a character, and with it the whole batch that the text stands in.
+    On such a character the tokenizer loses it or raises, and with it the whole batch that the text stands in.
     """
     if not manifest.unencodable:
         return lambda text: text

@@ -155,16 +155,19 @@ def prove_same_ids(written: dict[str, Any], reference: dict[str, Any], texts: Se
     import tokenizers
 
     text = msgspec.json.encode(reference).decode()
+    special = [token["content"] for token in written.get("added_tokens") or []]
+    # A text without any of them encodes alike whether they are split or kept.
+    marked = [line for line in texts if any(content in line for content in special)]
     try:
         split, kept = tokenizers.Tokenizer.from_str(text), tokenizers.Tokenizer.from_str(text)
         fast = fastokens.Tokenizer.from_json_str(msgspec.json.encode(written).decode())
         split.encode_special_tokens = True
         got = encode_split(fast, texts)
-        got_kept = [list(encoding.ids) for encoding in fast.encode_batch(list(texts))]
+        got_kept = [list(encoding.ids) for encoding in fast.encode_batch(marked)]
     except Exception as error:  # both libraries raise bare Exception or ValueError on what they cannot read
         raise ProofError(f"it cannot be loaded or fails: {error}") from error
     _compare(texts, [e.ids for e in split.encode_batch_fast(list(texts), add_special_tokens=False)], got)
-    _compare(texts, [e.ids for e in kept.encode_batch_fast(list(texts), add_special_tokens=False)], got_kept)
+    _compare(marked, [e.ids for e in kept.encode_batch_fast(marked, add_special_tokens=False)], got_kept)
     _no_control_ids(written, texts, got)
 
 
@@ -198,7 +201,7 @@ def unencodable_class(tokenizer: dict[str, Any]) -> str:
     """Find the characters that a tokenizer has no ids for, as the source of a regular expression class.
 
     A byte-level vocabulary trained without the full alphabet lacks some bytes (SmolLM2's lacks 0x1D, the
-    group separator of barcodes): HF tokenizers drops them silently, fastokens raises. Lone surrogates are
+    group separator of barcodes): HF tokenizers loses them silently, fastokens may raise. Lone surrogates are
     always in the class, for they have no UTF-8.
     """
     ranges = [(0xD800, 0xDFFF)]

@@ -6,10 +6,11 @@ chat template), and weights that have seen the text for a few seconds, so that a
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
-__all__ = ["CHAT_TEMPLATE", "SPECIALS", "VOCAB", "build_hf_folder", "maintenance_lines"]
+__all__ = ["CHAT_TEMPLATE", "SPECIALS", "VOCAB", "build_hf_folder", "maintenance_lines", "write_gguf"]
 
 VOCAB = 512
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -125,3 +126,77 @@ def _train(model, ids, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def write_gguf(source: Path, path: Path, pre: str = "smollm") -> None:
+    """Write an unprepared tiny base as a llama.cpp GGUF in float32, as llama.cpp's converter would.
+
+    Args:
+        source: Folder made by `build_hf_folder`.
+        path: The .gguf file to write.
+        pre: Name of the pre-tokenizer, which is all that a GGUF says about it.
+    """
+    import gguf
+    from safetensors.torch import load_file
+
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_license("apache-2.0")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, json.loads((source / "tokenizer.json").read_text(encoding="utf-8")), pre)
+    for name, tensor in load_file(source / "model.safetensors").items():
+        heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}
+        rows = tensor.float().numpy()
+        for letter, key in heads.items():
+            if f"self_attn.{letter}_proj" in name:  # llama.cpp keeps the halves of a rotary pair side by side
+                shape = (config[key], 2, -1, rows.shape[1])
+                rows = rows.reshape(shape).swapaxes(1, 2).reshape(rows.shape)
+        writer.add_tensor(_gguf_name(name), rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(writer, tokenizer, pre: str) -> None:
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIALS else 1 for token in tokens])  # 3: control, 1: normal
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+_GGUF_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _gguf_name(name: str) -> str:
+    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name in whole:
+        return whole[name]
+    _, _, block, part = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{block}.{_GGUF_PARTS[part]}.weight"
