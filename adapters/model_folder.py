@@ -170,7 +170,7 @@ def hash_files(files: dict[str, FileHash]) -> str:
 def load_manifest(folder: Path) -> ModelManifest:
     """Read the manifest of a prepared model, without looking at the other files.
 
-    Raises: BaseModelError when the folder is missing, not prepared, damaged or from a newer Edgewater.
+    Raises: BaseModelError when the folder is missing, not prepared, damaged or of another format.
     """
     path = folder / MANIFEST
     again = "run `edgewater model prepare`, or set model.path to a prepared folder"
@@ -184,6 +184,8 @@ def load_manifest(folder: Path) -> ModelManifest:
         if found > MODEL_FORMAT:
             hint = "upgrade Edgewater, or prepare the model again into another folder"
             raise BaseModelError(f"model format {found} is newer than {MODEL_FORMAT}", path=path, hint=hint)
+        if found < MODEL_FORMAT:
+            raise BaseModelError(f"model format {found} is older than {MODEL_FORMAT}", path=path, hint=again)
         return msgspec.json.decode(raw, type=ModelManifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         hint = "delete the folder and run `edgewater model prepare`"

@@ -166,9 +166,9 @@ def prove_same_ids(written: dict[str, Any], reference: dict[str, Any], texts: Se
         got_kept = [list(encoding.ids) for encoding in fast.encode_batch(marked)]
     except Exception as error:  # both libraries raise bare Exception or ValueError on what they cannot read
         raise ProofError(f"it cannot be loaded or fails: {error}") from error
+    _no_control_ids(written, texts, got)
     _compare(texts, [e.ids for e in split.encode_batch_fast(list(texts), add_special_tokens=False)], got)
     _compare(marked, [e.ids for e in kept.encode_batch_fast(marked, add_special_tokens=False)], got_kept)
-    _no_control_ids(written, texts, got)
 
 
 def _compare(texts: Sequence[str], expected: list[list[int]], actual: list[list[int]]) -> None:

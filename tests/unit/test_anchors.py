@@ -187,6 +187,20 @@ def test_what_ships_is_whole_small_and_normalized() -> None:
     assert mass.max() < 1.01
 
 
+def test_what_ships_was_written_by_the_embedded_model(smollm2: Path) -> None:
+    """Its log-probabilities on the shipped rows are those in the file, and `prepare` took that file."""
+    shipped = shipped_anchors(file_sha256(smollm2 / WEIGHTS))
+    assert shipped is not None
+    assert same(shipped, read_anchors(smollm2 / ANCHORS_FILE))
+    rows = slice(40, 44)  # two from BOS alone, one chat, one text
+    with torch.inference_mode():
+        ids = torch.from_numpy(shipped.train_ids[rows]).long()
+        logprobs = torch.log_softmax(load_model(smollm2, "float32")(input_ids=ids).logits, -1)
+    stored = torch.from_numpy(shipped.train_topk_ids[rows].astype(np.int64))
+    expected = logprobs.gather(-1, stored).numpy()
+    assert np.allclose(shipped.train_topk_logprobs[rows].astype(np.float32), expected, atol=0.02)
+
+
 def test_anchors_whose_parts_do_not_fit_are_refused(made: Anchors) -> None:
     """A mixed-up file must not be trained on."""
     mixed = Anchors(made.train_ids[:4], made.measured_ids, made.train_topk_ids, made.train_topk_logprobs)

@@ -108,6 +108,7 @@ def test_a_manifest_cannot_point_out_of_the_folder(copy: Path) -> None:
         (b"\xff\xfe", "manifest is damaged"),
         (b'{"format": 1}', "manifest is damaged"),
         (b'{"format": 2, "anything": "else"}', "format 2 is newer than 1.*upgrade"),
+        (b'{"format": 0}', "format 0 is older than 1.*model prepare"),
         (b'{"format": "' + b"[" * 100_000, "manifest is damaged"),
     ],
 )
