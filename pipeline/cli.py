@@ -44,11 +44,11 @@ class _Context:
 def configured(command: F) -> F:
     """Give a verb --config and --set."""
     command = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable."
     )(command)
     return click.option(
         "-c", "--config", "path", type=click.Path(path_type=Path, dir_okay=False),
-        help="Configuration file [default: $EDGEWATER_CONFIG, ./edgewater.toml, /etc/edgewater/edgewater.toml].",
+        help="Configuration [default: $EDGEWATER_CONFIG, ./edgewater.toml, /etc/edgewater/edgewater.toml].",
     )(command)  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def train(path: Path | None, overrides: tuple[str, ...], lockstep: bool, reports
 @click.option("--into", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Data folder of its own.")  # fmt: skip
 @click.option("--speed", type=click.FloatRange(min=0), default=0.0,
-              help="1 as it was recorded, 10 ten times as fast; 0 as fast as possible [default].")  # fmt: skip
+              help="1 as recorded, 10 ten times as fast, 0 as fast as possible [default].")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on after a kill.")
 @click.option("--no-updates", is_flag=True, help="Only ingest.")
 def replay(
@@ -282,7 +282,7 @@ def versions_list(path: Path | None, overrides: tuple[str, ...], as_json: bool) 
     """All versions, the active one marked."""
     from pipeline.registry_verbs import list_versions
 
-    _say(*list_versions(_Context(path, overrides).load()), as_json)
+    _say_both(list_versions(_Context(path, overrides).load()), as_json)
 
 
 @versions.command("show")
@@ -293,7 +293,7 @@ def versions_show(path: Path | None, overrides: tuple[str, ...], as_json: bool, 
     """A version's manifest: lineage, scores, criteria. VERSION is a number, "active" or "previous"."""
     from pipeline.registry_verbs import show_version
 
-    _say(*show_version(_Context(path, overrides).load(), version), as_json)
+    _say_both(show_version(_Context(path, overrides).load(), version), as_json)
 
 
 @versions.command("verify")
@@ -319,7 +319,7 @@ def versions_promote(path: Path | None, overrides: tuple[str, ...], as_json: boo
     """Make a version active again ("base" for none), after checking it."""
     from pipeline.registry_verbs import promote
 
-    _say(*promote(_Context(path, overrides).load(), version), as_json)
+    _say_both(promote(_Context(path, overrides).load(), version), as_json)
 
 
 @versions.command("rollback")
@@ -329,7 +329,7 @@ def versions_rollback(path: Path | None, overrides: tuple[str, ...], as_json: bo
     """Make the version that was active before the present one active again."""
     from pipeline.registry_verbs import rollback
 
-    _say(*rollback(_Context(path, overrides).load()), as_json)
+    _say_both(rollback(_Context(path, overrides).load()), as_json)
 
 
 # -- setting up -------------------------------------------------------------------------------------
@@ -359,14 +359,16 @@ def config_group() -> None:
 @configured
 @with_json
 def config_check(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say everything that is wrong with the configuration, with line and suggestion; exit 2 if anything is."""
+    """Say all that is wrong with the configuration, with line and suggestion; exit 2 if anything is."""
+    import msgspec
+
     from pipeline.config import ConfigError
 
     try:
         _Context(path, overrides).load(require_sources=True)
     except ConfigError as error:
         if as_json:
-            click.echo(json.dumps([fault.to_dict() for fault in error.faults], indent=1))
+            click.echo(json.dumps([msgspec.to_builtins(fault) for fault in error.faults], indent=1))
             sys.exit(USAGE)
         raise
     _say([], "the configuration is right", as_json)
@@ -414,7 +416,8 @@ def model_prepare(as_json: bool, source: str, into: Path | None, anchors: int) -
         source, target, anchors=anchors, progress=lambda phase, done: progress.show(phase, done)
     )
     progress.clear()
-    words = f"{manifest.name} is ready in {target}\nbase {manifest.base_sha256[:16]} tokenizer {manifest.tokenizer_id}"
+    hashes = f"base {manifest.base_sha256[:16]} tokenizer {manifest.tokenizer_id}"
+    words = f"{manifest.name} is ready in {target}\n{hashes}"
     named = {"path": str(target), "name": manifest.name, "base_sha256": manifest.base_sha256,
              "tokenizer_id": manifest.tokenizer_id}  # fmt: skip
     _say(named, words, as_json)
@@ -462,6 +465,10 @@ def _say(data: Any, text: str, as_json: bool) -> None:
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(data)).decode())
+
+
+def _say_both(answer: tuple[Any, str], as_json: bool) -> None:
+    _say(answer[0], answer[1], as_json)
 
 
 def _print_report(report: Any, as_json: bool) -> None:

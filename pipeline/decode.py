@@ -40,8 +40,8 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
             when = event_time(event, line.origin.arrival)
             if reason := refusal(event):
                 raise RefusedError(reason)
-        except RefusedError as refusal:
-            dead.append(dead_letter(line, str(refusal)))
+        except RefusedError as error:
+            dead.append(dead_letter(line, str(error)))
             continue
         events.append((number, event))
         times.append(when)

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from bytewax.testing import run_main
 
 from pipeline.batching import Assembler, BatchLimits
 from pipeline.capture import CaptureWriter
-from pipeline.commit import CommitStep, Committed
+from pipeline.commit import CommitStep
 from pipeline.config import Config
 from pipeline.decode import decode
 from pipeline.dedup import Dedup, SeenHashes
@@ -36,6 +37,7 @@ from storage.windows import ClosedWindow, RingState
 
 __all__ = ["SHARD", "IngestOptions", "connectors_of", "ingest"]
 
+T = TypeVar("T")
 SHARD = "main"
 LOCKSTEP_POLL_S = 0.05
 log = logging.getLogger("edgewater.ingest")
@@ -122,12 +124,15 @@ def _run(
     limits = BatchLimits(flush_s=config.ring.flush_ms / 1_000)
     commit = CommitStep(ring, _trigger(config), registry.requests, decided, float(config.ring.max_age))
     faults: list[BaseException] = []
+    steps = _steps(config, ring, tokenizer, recorder)
     flow = build_flow(
         inbox=inbox,
         assembler=Assembler(inbox, limits, finite=options.finite),
         stopping=stop.is_set,
-        steps=_steps(config, ring, tokenizer, recorder),
-        commit=partial(_guarded, commit, faults),
+        steps={
+            name: _guarded(step, faults) for name, step in _steps(config, ring, tokenizer, recorder).items()
+        },
+        commit=_guarded(commit, faults),
         done=metrics.observe if metrics else lambda committed: None,
         max_events=options.max_events,
     )
@@ -137,7 +142,6 @@ def _run(
     try:
         run_main(flow)  # type: ignore[no-untyped-call]
     except Exception:
-        # Bytewax wraps what a step raised; the step's own error says what to do.
         if faults:
             raise faults[0] from None
         raise
@@ -172,12 +176,17 @@ def _trigger(config: Config) -> ThresholdTrigger:
     return ThresholdTrigger(trigger.min_samples, trigger.min_tokens, float(trigger.max_age))
 
 
-def _guarded(commit: CommitStep, faults: list[BaseException], batch: Batch) -> Committed:
-    try:
-        return commit(batch)
-    except Exception as error:
-        faults.append(error)
-        raise
+def _guarded(step: Callable[[Batch], T], faults: list[BaseException]) -> Callable[[Batch], T]:
+    """Note a step's own error: Bytewax wraps it in one that says nothing."""
+
+    def guarded(batch: Batch) -> T:
+        try:
+            return step(batch)
+        except Exception as error:
+            faults.append(error)
+            raise
+
+    return guarded
 
 
 def _record(recorder: CaptureWriter, batch: Batch) -> Batch:

@@ -77,13 +77,12 @@ def run_gateway(
         with folder.lock("supervisor"):
             ensure_model(config, progress)
             has_stdin = any(source.kind == "stdin" for source in config.sources)
-            ingest_flags = ["--finite", "--lockstep"] if once else []
-            if not updates:
-                ingest_flags = [flag for flag in ingest_flags if flag != "--lockstep"]
-            if max_events:
-                ingest_flags += ["--max-events", str(max_events)]
-            ingest = Child("ingest", ["ingest", *arguments, *ingest_flags], stdin=has_stdin)
-            trainer = Child("trainer", ["train", *arguments, *(["--lockstep"] if once else [])])
+            lockstep = ["--lockstep"] if once else []
+            flags = [*(["--finite"] if once else []), *(lockstep if updates else [])]
+            flags += ["--max-events", str(max_events)] if max_events else []
+            patient = not once
+            ingest = Child("ingest", ["ingest", *arguments, *flags], stdin=has_stdin, patient=patient)
+            trainer = Child("trainer", ["train", *arguments, *lockstep], patient=patient)
             children = [ingest, trainer] if updates else [ingest]
             code = Supervisor(children, stop).run(lambda: ingest.done and (not updates or _decided(folder)))
         write_report(folder, build_report(folder))
@@ -144,8 +143,8 @@ def _feed(
 ) -> int:
     watcher = _Watcher(folder, record.lines, progress)
     flags = ["--replay", str(file), "--speed", str(speed), "--finite", *(["--lockstep"] if updates else [])]
-    ingest = Child("ingest", ["ingest", *arguments, *flags])
-    trainer = Child("trainer", ["train", *arguments, "--lockstep", "--reports"], watcher.told)
+    ingest = Child("ingest", ["ingest", *arguments, *flags], patient=False)
+    trainer = Child("trainer", ["train", *arguments, "--lockstep", "--reports"], watcher.told, patient=False)
     supervisor = Supervisor([ingest, trainer] if updates else [ingest], stop)
     return supervisor.run(lambda: ingest.done and (not updates or _decided(folder)), watcher.look)
 

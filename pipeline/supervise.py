@@ -21,6 +21,7 @@ from typing import Any
 
 __all__ = ["Child", "Supervisor"]
 
+MAX_ERRORS = 5
 FIRST_WAIT_S, LONGEST_WAIT_S, HEALTHY_S = 0.5, 60.0, 60.0
 STOP_S = 18.0  # a service manager expects an end within 20 s
 POLL_S = 0.1
@@ -35,6 +36,7 @@ class Child:
         arguments: Of the `edgewater` command.
         reports: Called with each JSON line that it prints on stdout; None leaves stdout alone.
         stdin: Whether it inherits standard input.
+        patient: Restart it for ever (a daemon); else give up on an error that keeps coming back.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Child:
         reports: Callable[[dict[str, Any]], None] | None = None,
         *,
         stdin: bool = False,
+        patient: bool = True,
     ) -> None:
         self.name = name
         self.done = False
@@ -51,6 +54,8 @@ class Child:
         self._arguments = list(arguments)
         self._reports = reports
         self._stdin = stdin
+        self._patient = patient
+        self._errors = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._wait_s = FIRST_WAIT_S
@@ -81,7 +86,12 @@ class Child:
             return None
         if code in (2, 3):
             return code
-        self._wait_s = FIRST_WAIT_S if now - self._started > HEALTHY_S else self._wait_s
+        if now - self._started > HEALTHY_S:
+            self._wait_s, self._errors = FIRST_WAIT_S, 0
+        self._errors += code > 0  # a kill from outside is no error of its own
+        if not self._patient and self._errors >= MAX_ERRORS:
+            log.error("%s failed %d times", self.name, self._errors)
+            return 1
         log.warning("%s ended with %d; starting it again in %.1f s", self.name, code, self._wait_s)
         self._due = now + self._wait_s
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from fastokens import Tokenizer
 
-from adapters.model_folder import BaseModelError, ChatFormat, ModelManifest, verify
+from adapters.model_folder import BaseModelError, ChatFormat, ModelManifest, replace_unencodable, verify
 from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading
 from storage.block import Samples
 
@@ -26,6 +26,7 @@ class BatchTokenizer:
 
     def __init__(self, model: Path) -> None:
         self.manifest: ModelManifest = verify(model, weights=False)
+        self._clean = replace_unencodable(self.manifest)
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         texts = [golden.text for golden in self.manifest.golden]
         if self.encode(texts) != [golden.ids for golden in self.manifest.golden]:
@@ -36,11 +37,11 @@ class BatchTokenizer:
             )
 
     def encode_flat(self, texts: list[str]) -> tuple[array[int], array[int]]:
-        """Encode texts.
+        """Encode texts; a character that the vocabulary cannot express becomes U+FFFD.
 
         Returns: all ids flat, and len(texts) + 1 offsets into them.
         """
-        raw_ids, raw_offsets = self._tokenizer.encode_batch_flat(texts, False, True)
+        raw_ids, raw_offsets = self._tokenizer.encode_batch_flat([*map(self._clean, texts)], False, True)
         ids: array[int] = array("I")
         ids.frombytes(raw_ids)
         offsets: array[int] = array("Q")

@@ -1,0 +1,205 @@
+"""`edgewater doctor`: look at everything that can be wrong, and say what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from pipeline.config import Config, ConfigError
+from pipeline.roles import model_folder
+from storage.errors import StorageError
+from storage.folder import DataFolder
+from storage.registry import Registry
+from storage.ring import Ring
+
+__all__ = ["Finding", "examine", "foreign_packages", "format_findings"]
+
+MIN_FREE_BYTES = 512 << 20
+_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "overlay"}
+_UNPROVEN_FILE_SYSTEMS = {"btrfs", "f2fs", "zfs"}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at."""
+
+    level: Literal["right", "warning", "wrong"]
+    what: str
+    words: str
+
+    def to_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {"level": self.level, "what": self.what, "words": self.words}
+
+
+class Loadable(Protocol):
+    """What knows how to load the configuration."""
+
+    def load(self, *more: str, require_sources: bool = False) -> Config:
+        """Load it."""
+
+
+def examine(context: Loadable) -> list[Finding]:
+    """Look at the installation, the configuration, the model and the data folder."""
+    findings = [*_packages()]
+    try:
+        config = context.load(require_sources=True)
+    except ConfigError as error:
+        return [*findings, Finding("wrong", "configuration", str(error))]
+    findings.append(Finding("right", "configuration", f"{len(config.sources)} sources"))
+    for look in (_sources, _model, _disk, _folder):
+        findings += look(config)
+    return findings
+
+
+def format_findings(findings: list[Finding]) -> str:
+    """One line a finding, and a verdict."""
+    marks = {"right": "ok  ", "warning": "warn", "wrong": "BAD "}
+    lines = [f"{marks[f.level]} {f.what}: {f.words}" for f in findings]
+    wrong = sum(f.level == "wrong" for f in findings)
+    return "\n".join([*lines, "", f"{wrong} things are wrong" if wrong else "nothing is wrong"])
+
+
+def foreign_packages() -> list[str]:
+    """Other distributions that own one of our package names and may overwrite ours."""
+    owners = packages_distributions()
+    names = ("pipeline", "adapters", "storage")
+    return sorted({dist for name in names for dist in owners.get(name, []) if dist != "edgewater"})
+
+
+def _packages() -> Iterator[Finding]:
+    if strangers := foreign_packages():
+        yield Finding(
+            "wrong", "packages", f"{', '.join(strangers)} overwrites ours: uninstall it from this environment"
+        )
+    else:
+        yield Finding("right", "packages", "pipeline, adapters and storage are Edgewater's own")
+
+
+def _sources(config: Config) -> Iterator[Finding]:
+    import glob
+
+    for source in config.sources:
+        if source.kind == "files" and not glob.glob(source.path, recursive=True):  # noqa: PTH207 - absolute patterns
+            yield Finding("warning", f"source {source.name}", f"no file matches {source.path} yet")
+        else:
+            yield Finding("right", f"source {source.name}", source.kind)
+
+
+def _model(config: Config) -> Iterator[Finding]:
+    from adapters.model_folder import BaseModelError, verify
+
+    try:
+        manifest = verify(model_folder(config), weights=True)
+    except BaseModelError as error:
+        yield Finding("wrong", "base model", str(error))
+        return
+    yield Finding("right", "base model", f"{manifest.name}, every file's hash is right")
+    if manifest.chat is None:
+        yield Finding("warning", "base model", "no chat template: exchanges become dead letters")
+    if not manifest.lossless:
+        yield Finding("warning", "base model", "its tokenizer is not lossless: the ring keeps texts too")
+
+
+def _disk(config: Config) -> Iterator[Finding]:
+    place = config.data_dir
+    while not place.exists():
+        place = place.parent
+    kind = _file_system(place)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        yield Finding("wrong", "file system", f"{kind} at {place}: LMDB needs a local one; move data_dir")
+    elif kind in _UNPROVEN_FILE_SYSTEMS:
+        yield Finding(
+            "warning", "file system", f"{kind} does not promise that preallocated space stays usable"
+        )
+    else:
+        yield Finding("right", "file system", kind or "unknown")
+    free = shutil.disk_usage(place).free
+    needed = MIN_FREE_BYTES + (0 if (config.data_dir / "ring").exists() else int(config.ring.max_bytes))
+    level: Literal["right", "warning"] = "right" if free > needed else "warning"
+    yield Finding(level, "disk", f"{free >> 20} MiB free, {needed >> 20} MiB wanted")
+
+
+def _folder(config: Config) -> Iterator[Finding]:
+    if not config.data_dir.exists():
+        parent = config.data_dir.parent
+        writable = os.access(parent if parent.exists() else "/", os.W_OK)
+        level: Literal["right", "warning"] = "right" if writable else "warning"
+        yield Finding(level, "data folder", f"{config.data_dir} will be made at the first run")
+        return
+    try:
+        folder = DataFolder.open(config.data_dir, create=False)
+    except StorageError as error:
+        yield Finding("wrong", "data folder", str(error))
+        return
+    yield Finding("right", "data folder", str(folder.path))
+    checks: tuple[Callable[[DataFolder, Config], Iterator[Finding]], ...] = (_rings, _registry)
+    for check in checks:
+        try:
+            yield from check(folder, config)
+        except StorageError as error:
+            yield Finding("wrong", check.__name__.strip("_"), str(error))
+
+
+def _rings(folder: DataFolder, config: Config) -> Iterator[Finding]:
+    for path in sorted(p for p in folder.ring.iterdir() if p.is_dir()):
+        with Ring.open_reader(path) as ring:
+            bad = [f"seq {seq}: {problem}" for seq, problem in ring.check_blocks() if problem]
+            state = ring.read_state()
+            if bad:
+                yield Finding("wrong", f"ring {path.name}", f"{len(bad)} blocks are damaged; {bad[0]}")
+            else:
+                held = state.next_seq - state.tail_seq
+                yield Finding("right", f"ring {path.name}", f"every checksum is right, {held:,} samples")
+            if ring.map_bytes != int(config.ring.max_bytes):
+                words = (
+                    f"made with {ring.map_bytes >> 20} MiB; ring.max_bytes takes effect in a new data folder"
+                )
+                yield Finding("warning", f"ring {path.name}", words)
+
+
+def _registry(folder: DataFolder, config: Config) -> Iterator[Finding]:
+    from adapters import versions
+
+    if not folder.registry.is_dir():
+        return
+    with Registry.open_reader(folder.registry) as registry:
+        rows, active = registry.versions(), registry.active()
+        quarantined = [row.window for row in registry.updates() if row.state == "quarantined"]
+    bad: list[Any] = []
+    for row in rows:
+        try:
+            versions.verify(folder, row)
+        except versions.VersionError as error:
+            bad.append(error)
+    if bad:
+        yield Finding("wrong", "versions", "; ".join(map(str, bad)))
+    else:
+        yield Finding(
+            "right",
+            "versions",
+            f"{len(rows)}, all signed and whole; active is {active.version or 'the base'}",
+        )
+    if quarantined:
+        yield Finding("warning", "windows", f"quarantined after five failures: {quarantined}")
+
+
+def _file_system(place: Path) -> str:
+    """The type of the file system that holds a path, from the longest mount point above it."""
+    best, kind = "", ""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    resolved = str(place.resolve())
+    for line in mounts.splitlines():
+        point, found = line.split()[1:3]
+        below = resolved == point or resolved.startswith(point.rstrip("/") + "/")
+        if below and len(point) >= len(best):
+            best, kind = point, found
+    return kind
