@@ -129,9 +129,7 @@ def _run(
         inbox=inbox,
         assembler=Assembler(inbox, limits, finite=options.finite),
         stopping=stop.is_set,
-        steps={
-            name: _guarded(step, faults) for name, step in _steps(config, ring, tokenizer, recorder).items()
-        },
+        steps={name: _guarded(step, faults) for name, step in steps.items()},
         commit=_guarded(commit, faults),
         done=metrics.observe if metrics else lambda committed: None,
         max_events=options.max_events,
