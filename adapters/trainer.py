@@ -50,6 +50,7 @@ class TrainerSettings(msgspec.Struct, frozen=True):
         threads: CPU threads of the child, 0 for all.
         max_due: Windows that may wait; more are merged. 0 never merges (lockstep).
         cooldown_s: Stream time between two claims; 0 none (lockstep: a held stream has no time).
+        retry_s: Wait after a failed attempt, doubled each time up to a minute.
     """
 
     gateway: str
@@ -59,6 +60,7 @@ class TrainerSettings(msgspec.Struct, frozen=True):
     threads: int = 0
     max_due: int = 4
     cooldown_s: float = 0.0
+    retry_s: float = 1.0
 
 
 class Trainer:
@@ -298,7 +300,7 @@ class Trainer:
             remove_folder(work)
             return
         self._put(row, **changes)
-        stop.wait(min(2.0**failures, 60.0) - 1.0)
+        stop.wait(min(self._settings.retry_s * 2.0**failures, 60.0))
 
     def _evaluate(self, row: UpdateRow) -> None:
         """staged -> evaluated or rejected: the verdicts are read again here, not taken from a word."""
