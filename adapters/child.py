@@ -53,8 +53,12 @@ def run_child(task: Path, stop: threading.Event, progress: Progress, log_file: P
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
-    hung = _watch(child, stop, progress)
+    lines: queue.Queue[bytes | None] = queue.Queue()
+    reader = threading.Thread(target=_read_lines, args=(child, lines), daemon=True)
+    reader.start()
+    hung = _watch(child, lines, stop, progress)
     code = child.wait()
+    reader.join()  # it ends with the pipe, which it closes
     if code == 0:
         return Ending.DONE
     if stop.is_set() or code == STOPPED:
@@ -69,10 +73,13 @@ def run_child(task: Path, stop: threading.Event, progress: Progress, log_file: P
     return Ending.KILLED if -code in outside else Ending.FAILED
 
 
-def _watch(child: subprocess.Popen[bytes], stop: threading.Event, progress: Progress) -> bool:
+def _watch(
+    child: subprocess.Popen[bytes],
+    lines: queue.Queue[bytes | None],
+    stop: threading.Event,
+    progress: Progress,
+) -> bool:
     """Pass its reports on until it ends or must end. Returns: whether it hung."""
-    lines: queue.Queue[bytes | None] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(child, lines), daemon=True).start()
     heard = time.monotonic()
     while True:
         try:
@@ -93,8 +100,9 @@ def _watch(child: subprocess.Popen[bytes], stop: threading.Event, progress: Prog
 
 def _read_lines(child: subprocess.Popen[bytes], lines: queue.Queue[bytes | None]) -> None:
     assert child.stdout is not None
-    for line in child.stdout:
-        lines.put(line)
+    with child.stdout:
+        for line in child.stdout:
+            lines.put(line)
     lines.put(None)
 
 
