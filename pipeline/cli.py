@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+VERBOSE = "EDGEWATER_VERBOSE"
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,13 +61,14 @@ def with_json(command: F) -> F:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="edgewater")
-@click.option("-v", "--verbose", count=True, help="Log more; twice for everything.")
+@click.option("-v", "--verbose", count=True, envvar=VERBOSE, help="Log more; twice for everything.")
 def cli(verbose: int) -> None:
     """Edgewater keeps a generative model on this gateway adapted to its site, with no cloud.
 
     Start with `edgewater demo`. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 refused for
     safety.
     """
+    os.environ[VERBOSE] = str(verbose)  # the processes that a verb starts log alike
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
