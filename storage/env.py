@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 import lmdb
@@ -37,21 +38,24 @@ def check_private(path: Path) -> None:
         raise ForeignFolderError("can be written by others", path=path, hint="chmod go-w it")
 
 
-def create_environment(folder: Path, map_bytes: int) -> None:
-    """Create an empty, preallocated environment that appears all at once.
+def create_environment(folder: Path, map_bytes: int, rows: Mapping[bytes, bytes]) -> None:
+    """Create a preallocated environment that appears all at once, with its first rows in it.
 
     Args:
         folder: The environment's folder; must not exist.
         map_bytes: Size of the map and of the file, fixed for its life, bytes.
+        rows: What whoever opens it must find, its header above all.
     Raises: StorageError if the disk has no room for it.
     """
-    # 1. folder.new/ is made, synced.   Crash: a stray folder.new, deleted here at the next start.
-    # 2. Renamed to folder, synced.     Crash: no environment, or a complete one.
+    # 1. folder.new/ is made with the rows, synced.   Crash: a stray folder.new, deleted at the next start.
+    # 2. Renamed to folder, synced.                   Crash: no environment, or a complete one.
     # (LMDB killed inside its first meta write leaves a file that it cannot open: hence aside.)
     aside = folder.with_name(folder.name + ".new")
     remove_folder(aside)
     aside.mkdir(mode=0o700)
-    _lmdb_open(aside, map_bytes, readonly=False).close()
+    with _lmdb_open(aside, map_bytes, readonly=False) as env, env.begin(write=True) as txn:
+        for key, value in rows.items():
+            txn.put(key, value)
     data = aside / "data.mdb"
     fd = os.open(data, os.O_RDWR)
     try:

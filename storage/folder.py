@@ -34,7 +34,7 @@ class RoleLock:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise LockHeldError(
@@ -91,16 +91,18 @@ class DataFolder:
             if not marker.exists():
                 folder._claim_empty(marker, create)
             folder._check_marker(marker)
+            folder._join_namespace()
         except OSError as error:
-            hint = "make it writable for this user, or choose another data_dir"
-            raise StorageError(f"cannot be used: {error.strerror}", path=path, hint=hint) from error
-        folder._join_namespace()
+            raise _unusable(path, error) from error
         return folder
 
     def _claim_empty(self, marker: Path, create: bool) -> None:
         own = {"ring", "versions", "updates", "accepted", "cache", "keys", "run", f"{_MARKER}.tmp"}
         strangers = [
-            p.name for p in self.path.iterdir() if p.name not in own or (p.is_dir() and any(p.iterdir()))
+            p.name
+            for p in self.path.iterdir()
+            # A file system of its own brings lost+found, which only root may look into.
+            if p.name != "lost+found" and (p.name not in own or (p.is_dir() and any(p.iterdir())))
         ]
         if strangers or not create:
             hint = "data_dir must be empty or written by Edgewater"
@@ -156,9 +158,12 @@ class DataFolder:
             self._namespace_fd = -1
 
     def lock(self, role: str) -> RoleLock:
-        """Take a role ("ingest-main", "trainer", "server", "admin"). Raises: LockHeldError."""
-        make_private_folder(self.run)
-        return RoleLock(self.run / f"{role}.lock", role)
+        """Take a role ("ingest-main", "trainer", "server", "admin"). Raises: LockHeldError, StorageError."""
+        try:
+            make_private_folder(self.run)
+            return RoleLock(self.run / f"{role}.lock", role)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
 
     def update_folder(self, shard: str, window: int) -> Path:
         """Work folder of one update: the claimed samples, checkpoints, the candidate."""
@@ -167,3 +172,8 @@ class DataFolder:
     def accepted_file(self, shard: str, window: int) -> Path:
         """Samples of an accepted window, kept for rehearsal."""
         return self.accepted / f"{shard}-{window:06d}.blocks"
+
+
+def _unusable(path: Path, error: OSError) -> StorageError:
+    hint = "make it writable for this user, or choose another data_dir"
+    return StorageError(f"cannot be used: {error.strerror}", path=path, hint=hint)

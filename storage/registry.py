@@ -188,14 +188,11 @@ class Registry:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             if not folder.exists():
-                create_environment(folder, MAP_BYTES)
-            env = open_environment(folder)
-            # Crash between creation and this commit: no header, written here by the next start.
-            with env.begin(write=True) as txn:
-                txn.put(b"H", msgspec.msgpack.encode(_Header(REGISTRY_FORMAT)), overwrite=False)
+                header = msgspec.msgpack.encode(_Header(REGISTRY_FORMAT))
+                create_environment(folder, MAP_BYTES, {b"H": header})
         finally:
             os.close(fd)
-        return cls(folder, env)
+        return cls(folder, open_environment(folder))
 
     @classmethod
     def open_reader(cls, folder: Path) -> Registry:
@@ -256,7 +253,7 @@ class Registry:
     def audit(self, newest: int = 100) -> list[AuditRow]:
         """The newest audit rows, oldest first."""
         rows = [msgspec.msgpack.decode(value, type=AuditRow) for _, value in self._rows(b"A")]
-        return rows[-newest:]
+        return rows[max(0, len(rows) - newest) :]
 
     def _rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
         rows = []
@@ -293,7 +290,10 @@ class RegistryWriter:
             raise ValueError(f"window {row.window}: {before.state if before else 'due'} -> {row.state}")
         self._txn.put(key, msgspec.msgpack.encode(row))
         if row.decided:
-            self._txn.put(b"c" + row.shard.encode(), _U64.pack(row.last_window))
+            # Only ever forward: a row that a crash repeats may be older than the newest decision.
+            found = self._txn.get(b"c" + row.shard.encode())
+            newest = max(row.last_window, _U64.unpack(found)[0] if found else 0)
+            self._txn.put(b"c" + row.shard.encode(), _U64.pack(newest))
 
     def put_version(self, row: VersionRow) -> None:
         """Write a version's row."""

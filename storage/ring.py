@@ -72,7 +72,7 @@ class Commit(msgspec.Struct, frozen=True):
         window: The open window after this commit.
         closed: Windows that this commit closes.
         counters: Totals by outcome, after this commit.
-        positions: Input name -> position, only those that moved.
+        positions: Input name -> position, only those that moved; b"" forgets the input.
         references: Source name -> reference values of its deadband, only those that changed.
         dead_letters: Refused inputs.
         request: Last honoured update request.
@@ -113,14 +113,10 @@ class Ring:
     @classmethod
     def create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
         """Make a new ring of a fixed size, preallocated, and open it for writing."""
-        create_environment(folder, max_bytes)
-        env = open_environment(folder)
         header = RingHeader(RING_FORMAT, shard, tokenizer_id, secrets.token_bytes(32))
-        # Crash before this commit: an empty environment, which open_or_create() writes the header into.
-        with env.begin(write=True) as txn:
-            txn.put(_HEADER, msgspec.msgpack.encode(header))
-            txn.put(_STATE, msgspec.msgpack.encode(RingState()))
-        return cls(folder, env, readonly=False)
+        rows = {_HEADER: msgspec.msgpack.encode(header), _STATE: msgspec.msgpack.encode(RingState())}
+        create_environment(folder, max_bytes, rows)
+        return cls(folder, open_environment(folder), readonly=False)
 
     @classmethod
     def open_or_create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
@@ -128,10 +124,6 @@ class Ring:
 
         Raises: ForeignFolderError if it holds tokens of another tokenizer; FormatTooNewError.
         """
-        if folder.exists() and _is_blank(folder):
-            (folder / "data.mdb").unlink(missing_ok=True)
-            (folder / "lock.mdb").unlink(missing_ok=True)
-            folder.rmdir()
         if not folder.exists():
             return cls.create(folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
         ring = cls(folder, open_environment(folder), readonly=False)
@@ -183,28 +175,18 @@ class Ring:
             request=commit.request,
         )
         blocks = self._encode(samples, commit.stream_time)
-        try:
-            with self._env.begin(write=True) as txn:
-                # Crash before the transaction's second flush: none of this happened. After: all of it.
-                new_state = self._evict(txn, new_state, sum(len(block) for _, block in blocks))
-                for first_seq, block in blocks:
-                    txn.put(_U64.pack(b"b", first_seq), block)
-                new_state = self._put_dead_letters(txn, new_state, commit.dead_letters)
-                self._put_windows(txn, commit.closed)
-                for name, position in commit.positions.items():
-                    txn.put(b"p" + name.encode(), position)
-                for name, reference in commit.references.items():
-                    txn.put(b"r" + name.encode(), reference)
-                txn.put(_STATE, msgspec.msgpack.encode(new_state))
-        except lmdb.MapFullError as error:
-            raise RingFullError("the ring is full", path=self.folder, hint="raise ring.max_bytes") from error
-        except (lmdb.Error, OSError) as error:
-            self._dead = str(error)
-            raise WriteFailedError(
-                f"a commit failed: {error}",
-                path=self.folder,
-                hint="check the disk; Edgewater reopens on restart",
-            ) from error
+        with self._writing() as txn:
+            # Crash before the transaction's second flush: none of this happened. After: all of it.
+            new_state = self._evict(txn, new_state, sum(len(block) for _, block in blocks))
+            for first_seq, block in blocks:
+                txn.put(_U64.pack(b"b", first_seq), block)
+            new_state = self._put_dead_letters(txn, new_state, commit.dead_letters)
+            self._put_windows(txn, commit.closed)
+            for name, position in commit.positions.items():
+                _put_or_delete(txn, b"p" + name.encode(), position)
+            for name, reference in commit.references.items():
+                txn.put(b"r" + name.encode(), reference)
+            txn.put(_STATE, msgspec.msgpack.encode(new_state))
         self.state = new_state
         return new_state
 
@@ -232,8 +214,8 @@ class Ring:
     def evict_older_than(self, stream_time: float) -> int:
         """Delete blocks whose commit is older than a stream time. Returns: samples deleted."""
         self._check_alive()
-        tail = self.state.tail_seq
-        with self._env.begin(write=True) as txn:
+        state, tail = self.state, self.state.tail_seq
+        with self._writing() as txn:
             cursor = txn.cursor()
             while cursor.set_range(b"b") and cursor.key()[:1] == b"b":
                 header = read_header(cursor.value())
@@ -241,10 +223,11 @@ class Ring:
                     break
                 tail = header.last_seq + 1
                 cursor.delete()
-            deleted = tail - self.state.tail_seq
-            if deleted:
-                self.state = msgspec.structs.replace(self.state, tail_seq=tail)
-                txn.put(_STATE, msgspec.msgpack.encode(self.state))
+            if tail != state.tail_seq:
+                state = msgspec.structs.replace(state, tail_seq=tail)
+                txn.put(_STATE, msgspec.msgpack.encode(state))
+        deleted = tail - self.state.tail_seq
+        self.state = state
         return deleted
 
     def _put_dead_letters(
@@ -396,6 +379,21 @@ class Ring:
             )
 
     @contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction]:
+        try:
+            with self._env.begin(write=True) as txn:
+                yield txn
+        except lmdb.MapFullError as error:
+            raise RingFullError("the ring is full", path=self.folder, hint="raise ring.max_bytes") from error
+        except (lmdb.Error, OSError) as error:
+            self._dead = str(error)
+            raise WriteFailedError(
+                f"a commit failed: {error}",
+                path=self.folder,
+                hint="check the disk; Edgewater reopens on restart",
+            ) from error
+
+    @contextmanager
     def _reading(self) -> Iterator[lmdb.Transaction]:
         if os.getpid() != self._pid:
             raise StorageError("used after a fork", path=self.folder, hint="spawn processes, never fork")
@@ -428,15 +426,14 @@ def _blocks_from(cursor: lmdb.Cursor, seq: int) -> Iterator[bytes]:
         found = cursor.next()
 
 
+def _put_or_delete(txn: lmdb.Transaction, key: bytes, value: bytes) -> None:
+    if value:
+        txn.put(key, value)
+    else:
+        txn.delete(key)
+
+
 def _live_bytes(txn: lmdb.Transaction) -> int:
     """Bytes of the pages in use, the free list's not counted."""
     stat = txn.stat()
     return (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"]
-
-
-def _is_blank(folder: Path) -> bool:
-    """Whether a folder is an environment without a header (a crash between its two steps)."""
-    if not (folder / "data.mdb").exists():
-        return not any(folder.iterdir())
-    with open_environment(folder, readonly=True) as env, env.begin() as txn:
-        return txn.stat()["entries"] == 0

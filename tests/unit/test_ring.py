@@ -161,10 +161,21 @@ def test_a_reader_sees_commits_and_cannot_write(tmp_path: Path) -> None:
         commit(reader, 1)
 
 
-def test_a_ring_cut_between_creation_and_header_is_made_anew(tmp_path: Path) -> None:
-    from storage.env import create_environment
-
-    create_environment(tmp_path / "ring", 1 << 20)
+def test_a_ring_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    """A crash before the rename leaves a folder aside, which the next start replaces."""
+    aside = tmp_path / "ring.new"
+    aside.mkdir()
+    (aside / "data.mdb").write_bytes(bytes(100))
     with new_ring(tmp_path) as ring:
         commit(ring, 3)
         assert ring.state.next_seq == 3
+    assert not aside.exists()
+
+
+def test_a_ring_is_never_seen_without_its_header(tmp_path: Path) -> None:
+    """The header is in the environment before its name is, so a reader at any moment finds it or nothing."""
+    from storage.env import create_environment
+
+    create_environment(tmp_path / "other", 1 << 20, {})
+    with pytest.raises(ForeignFolderError, match="not a ring"):
+        Ring.open_reader(tmp_path / "other")
