@@ -451,7 +451,8 @@ def _code_of(error: Exception) -> int | None:
         return USAGE
     if names & {"WriteFailedError", "RingFullError", "CorruptBlockError", "CaptureError", "OSError"}:
         return FAILED
-    return REFUSED if names & {"StorageError", "BaseModelError", "VersionError", "AdapterError"} else None
+    refused = {"StorageError", "BaseModelError", "VersionError", "AdapterError", "StartupError"}
+    return REFUSED if names & refused else None
 
 
 def _fail(code: int | None, message: str, error: Exception | None = None) -> NoReturn:

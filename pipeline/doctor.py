@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from pipeline.config import Config, ConfigError
-from pipeline.roles import model_folder
+from pipeline.roles import foreign_packages, model_folder
 from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.registry import Registry
 from storage.ring import Ring
 
-__all__ = ["Finding", "examine", "foreign_packages", "format_findings"]
+__all__ = ["Finding", "examine", "format_findings"]
 
 MIN_FREE_BYTES = 512 << 20
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "overlay"}
@@ -63,13 +62,6 @@ def format_findings(findings: list[Finding]) -> str:
     lines = [f"{marks[f.level]} {f.what}: {f.words}" for f in findings]
     wrong = sum(f.level == "wrong" for f in findings)
     return "\n".join([*lines, "", f"{wrong} things are wrong" if wrong else "nothing is wrong"])
-
-
-def foreign_packages() -> list[str]:
-    """Other distributions that own one of our package names and may overwrite ours."""
-    owners = packages_distributions()
-    names = ("pipeline", "adapters", "storage")
-    return sorted({dist for name in names for dist in owners.get(name, []) if dist != "edgewater"})
 
 
 def _packages() -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from pipeline.config import EMBEDDED_MODEL, Config, gate_limits, recipe
 from storage.errors import LockHeldError, StorageError
 from storage.folder import DataFolder, RoleLock
 
-__all__ = ["model_folder", "run_ingest", "run_trainer", "stop_on_signals", "trainer_settings"]
+__all__ = [
+    "StartupError",
+    "foreign_packages",
+    "model_folder",
+    "refuse_foreign_packages",
+    "run_ingest",
+    "run_trainer",
+    "stop_on_signals",
+    "trainer_settings",
+]
 
 SUPERVISED = "EDGEWATER_SUPERVISOR"
 LOCK_WAIT_S = 25.0  # an orphan of a killed supervisor needs up to 20 s to write its checkpoint and go
@@ -30,6 +40,26 @@ def model_folder(config: Config) -> Path:
     from adapters.model_folder import default_model_dir
 
     return default_model_dir() if config.model.path == EMBEDDED_MODEL else Path(config.model.path)
+
+
+class StartupError(Exception):
+    """This installation must not run; the message says what to do."""
+
+
+def foreign_packages() -> list[str]:
+    """Other distributions that own one of our package names, and may have overwritten ours."""
+    owners = packages_distributions()
+    names = ("pipeline", "adapters", "storage")
+    return sorted({owner for name in names for owner in owners.get(name, []) if owner != "edgewater"})
+
+
+def refuse_foreign_packages() -> None:
+    """Raises: StartupError where another distribution shares our package names (AdapterHub's does)."""
+    if strangers := foreign_packages():
+        names = ", ".join(strangers)
+        raise StartupError(
+            f"{names} installs files over Edgewater's own (uninstall it, then install Edgewater again)"
+        )
 
 
 @contextlib.contextmanager
@@ -63,6 +93,8 @@ def run_ingest(
     from pipeline.sources.inbox import Connector
     from pipeline.sources.replay import ReplayConnector
 
+    if SUPERVISED not in os.environ:
+        refuse_foreign_packages()
     folder = DataFolder.open(config.data_dir, create=True)
     with stop_on_signals() as stop, _locked(folder, f"ingest-{SHARD}"), contextlib.ExitStack() as stack:
         connectors: list[Connector] = (
@@ -97,6 +129,8 @@ def run_trainer(config: Config, *, lockstep: bool, reports: bool) -> None:
         if reports:
             print(json.dumps({"window": row.window, **told}), flush=True)
 
+    if SUPERVISED not in os.environ:
+        refuse_foreign_packages()
     folder = DataFolder.open(config.data_dir, create=True)
     with stop_on_signals() as stop, _locked(folder, "trainer"), contextlib.ExitStack() as stack:
         model = model_folder(config)

@@ -13,7 +13,7 @@ import msgspec
 from pipeline.config import EMBEDDED_MODEL, Config
 from pipeline.progress import Progress, describe
 from pipeline.report import Report, build_report, write_report
-from pipeline.roles import model_folder
+from pipeline.roles import model_folder, refuse_foreign_packages, stop_on_signals
 from pipeline.sources.lines import LineSplitter, open_stream
 from pipeline.supervise import Child, Supervisor
 from storage.durable import write_file_durably
@@ -69,8 +69,7 @@ def run_gateway(
         arguments: --config and --set as given, for the children.
     Returns: The exit code.
     """
-    from pipeline.roles import stop_on_signals
-
+    refuse_foreign_packages()
     progress = Progress()
     with stop_on_signals() as stop:
         folder = DataFolder.open(config.data_dir, create=True)
@@ -108,8 +107,7 @@ def run_replay(
     Returns: The learning report, also written to the data folder.
     Raises: StorageError where the folder holds something else; SystemExit with a child's code.
     """
-    from pipeline.roles import stop_on_signals
-
+    refuse_foreign_packages()
     record = _record(file)
     with stop_on_signals() as stop:
         folder = DataFolder.open(config.data_dir, create=True)
