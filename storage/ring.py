@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import secrets
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,70 +32,20 @@ from storage.errors import (
     StorageError,
     WriteFailedError,
 )
-from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingState
+from storage.windows import ClosedWindow, Commit, DeadLetter, RingHeader, RingState, RingUsage
 
 __all__ = ["RING_FORMAT", "Commit", "Ring", "RingHeader", "RingUsage"]
 
 RING_FORMAT = 1
 HIGH_WATER = 0.75  # of the map: evict from here (deletes fail too once LMDB is full)
 LOW_WATER = 0.70  # and down to here, many blocks at a time: an eviction costs pages of its own
-REFUSE = 0.90
+LARGEST_COMMIT = 0.25
+TRIES = 4  # of a commit that finds no free run of pages, each after making room
 MAX_DEAD_LETTERS = 10_000
 MAX_WINDOW_ROWS = 4_096
 _STATE, _HEADER = b"s", b"H"
 _U64 = struct.Struct(">cQ")
 _U32 = struct.Struct(">cI")
-
-
-class RingHeader(msgspec.Struct, frozen=True):
-    """Written once: what the ring is.
-
-    Attributes:
-        format: RING_FORMAT of the writer.
-        shard: Name of the shard.
-        tokenizer_id: 16 hexadecimal digits; token ids mean nothing without it.
-        dedup_key: Secret of the keyed dedup hashes, 32 bytes.
-    """
-
-    format: int
-    shard: str
-    tokenizer_id: str
-    dedup_key: bytes
-
-
-class Commit(msgspec.Struct, frozen=True):
-    """Everything that becomes durable together.
-
-    Attributes:
-        samples: New samples; `samples.first_seq` must be the ring's next_seq. May be empty.
-        stream_time: Stream time after this commit, seconds.
-        window: The open window after this commit.
-        closed: Windows that this commit closes.
-        counters: Totals by outcome, after this commit.
-        positions: Input name -> position, only those that moved; b"" forgets the input.
-        references: Source name -> reference values of its deadband, only those that changed.
-        dead_letters: Refused inputs.
-        request: Last honoured update request.
-    """
-
-    samples: Samples
-    stream_time: float
-    window: OpenWindow
-    counters: dict[str, int]
-    closed: Sequence[ClosedWindow] = ()
-    positions: Mapping[str, bytes] = {}
-    references: Mapping[str, bytes] = {}
-    dead_letters: Sequence[DeadLetter] = ()
-    request: int = 0
-
-
-class RingUsage(msgspec.Struct, frozen=True):
-    """How full the ring is, bytes and counts."""
-
-    map_bytes: int
-    live_bytes: int
-    first_seq: int
-    next_seq: int
 
 
 class Ring:
@@ -164,52 +114,75 @@ class Ring:
         state, samples = self.state, commit.samples
         if len(samples) and samples.first_seq != state.next_seq:
             raise ValueError(f"samples start at {samples.first_seq}, the ring goes on at {state.next_seq}")
-        new_state = msgspec.structs.replace(
-            state,
-            commits=state.commits + 1,
-            next_seq=state.next_seq + len(samples),
-            digest=samples.extend_digest(state.digest),
-            stream_time=commit.stream_time,
-            window=commit.window,
-            counters=dict(commit.counters),
-            request=commit.request,
-        )
         blocks = self._encode(samples, commit.stream_time)
+        incoming = sum(len(block) for _, block in blocks)
+        if incoming > LARGEST_COMMIT * self.map_bytes:
+            hint = "raise ring.max_bytes, or lower ring.flush_ms so that commits get smaller"
+            raise RingFullError(f"a commit of {incoming} bytes does not fit", path=self.folder, hint=hint)
+        for left in reversed(range(TRIES)):
+            try:
+                self.state = self._write(commit, blocks, incoming)
+                break
+            except RingFullError:
+                if not left:
+                    raise
+                self._make_room(incoming)
+        return self.state
+
+    def _write(self, commit: Commit, blocks: Sequence[tuple[int, bytes]], incoming: int) -> RingState:
+        state, samples = self.state, commit.samples
         with self._writing() as txn:
             # Crash before the transaction's second flush: none of this happened. After: all of it.
-            new_state = self._evict(txn, new_state, sum(len(block) for _, block in blocks))
+            state = msgspec.structs.replace(
+                state,
+                commits=state.commits + 1,
+                next_seq=state.next_seq + len(samples),
+                tail_seq=self._evict(txn, incoming),
+                digest=samples.extend_digest(state.digest),
+                stream_time=commit.stream_time,
+                window=commit.window,
+                counters=dict(commit.counters),
+                request=commit.request,
+            )
             for first_seq, block in blocks:
                 txn.put(_U64.pack(b"b", first_seq), block)
-            new_state = self._put_dead_letters(txn, new_state, commit.dead_letters)
+            state = self._put_dead_letters(txn, state, commit.dead_letters)
             self._put_windows(txn, commit.closed)
             for name, position in commit.positions.items():
                 _put_or_delete(txn, b"p" + name.encode(), position)
             for name, reference in commit.references.items():
                 txn.put(b"r" + name.encode(), reference)
-            txn.put(_STATE, msgspec.msgpack.encode(new_state))
-        self.state = new_state
-        return new_state
+            txn.put(_STATE, msgspec.msgpack.encode(state))
+        return state
+
+    def _make_room(self, incoming: int) -> None:
+        """Evict for a commit whose block finds no run of free pages long enough.
+
+        LMDB takes a page that a transaction freed again only two transactions later, and a large block
+        only where its pages lie side by side; so evict twice its size, and let a second one pass.
+        """
+        for share in (2 * incoming, 0):
+            with self._writing() as txn:
+                tail = self._evict_down_to(txn, _live_bytes(txn) - share) if share else self.state.tail_seq
+                self.state = msgspec.structs.replace(self.state, tail_seq=tail)
+                txn.put(_STATE, msgspec.msgpack.encode(self.state))
 
     def _encode(self, samples: Samples, arrival: float) -> list[tuple[int, bytes]]:
         parts = (samples[i : i + MAX_SAMPLES] for i in range(0, len(samples), MAX_SAMPLES))
         return [(part.first_seq, encode_block(part, self.header.tokenizer_id, arrival)) for part in parts]
 
-    def _evict(self, txn: lmdb.Transaction, state: RingState, incoming: int) -> RingState:
-        """Delete the oldest blocks above the high-water mark, down to the low one."""
-        limit, tail = self.map_bytes, state.tail_seq
-        if _live_bytes(txn) + incoming > HIGH_WATER * limit:
-            cursor = txn.cursor()
-            while (
-                _live_bytes(txn) + incoming > LOW_WATER * limit
-                and cursor.set_range(b"b")
-                and cursor.key()[:1] == b"b"
-            ):
-                tail = read_header(cursor.value()).last_seq + 1
-                cursor.delete()
-        if _live_bytes(txn) + incoming > REFUSE * limit:
-            hint = "raise ring.max_bytes, or lower ring.flush_ms so that commits get smaller"
-            raise RingFullError(f"a commit of {incoming} bytes does not fit", path=self.folder, hint=hint)
-        return msgspec.structs.replace(state, tail_seq=tail)
+    def _evict(self, txn: lmdb.Transaction, incoming: int) -> int:
+        """Delete the oldest blocks above the high-water mark, down to the low one. Returns: the tail."""
+        if _live_bytes(txn) + incoming <= HIGH_WATER * self.map_bytes:
+            return self.state.tail_seq
+        return self._evict_down_to(txn, int(LOW_WATER * self.map_bytes) - incoming)
+
+    def _evict_down_to(self, txn: lmdb.Transaction, live_bytes: int) -> int:
+        tail, cursor = self.state.tail_seq, txn.cursor()
+        while _live_bytes(txn) > live_bytes and cursor.set_range(b"b") and cursor.key()[:1] == b"b":
+            tail = read_header(cursor.value()).last_seq + 1
+            cursor.delete()
+        return tail
 
     def evict_older_than(self, stream_time: float) -> int:
         """Delete blocks whose commit is older than a stream time. Returns: samples deleted."""

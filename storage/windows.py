@@ -1,10 +1,22 @@
-"""Rows that a commit writes beside its block: the open window, closed windows, the state of the shard."""
+"""What a commit holds, and the rows it writes: windows, dead letters, the state of the shard."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
-__all__ = ["ClosedWindow", "DeadLetter", "OpenWindow", "RingState"]
+from storage.block import Samples
+
+__all__ = [
+    "ClosedWindow",
+    "Commit",
+    "DeadLetter",
+    "OpenWindow",
+    "RingHeader",
+    "RingState",
+    "RingUsage",
+]
 
 
 class OpenWindow(msgspec.Struct, frozen=True):
@@ -88,3 +100,54 @@ class RingState(msgspec.Struct, frozen=True):
     dead_first: int = 0
     dead_next: int = 0
     dead_bytes: int = 0
+
+
+class RingHeader(msgspec.Struct, frozen=True):
+    """Written once: what the ring is.
+
+    Attributes:
+        format: RING_FORMAT of the writer.
+        shard: Name of the shard.
+        tokenizer_id: 16 hexadecimal digits; token ids mean nothing without it.
+        dedup_key: Secret of the keyed dedup hashes, 32 bytes.
+    """
+
+    format: int
+    shard: str
+    tokenizer_id: str
+    dedup_key: bytes
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """Everything that becomes durable together.
+
+    Attributes:
+        samples: New samples; `samples.first_seq` must be the ring's next_seq. May be empty.
+        stream_time: Stream time after this commit, seconds.
+        window: The open window after this commit.
+        closed: Windows that this commit closes.
+        counters: Totals by outcome, after this commit.
+        positions: Input name -> position, only those that moved; b"" forgets the input.
+        references: Source name -> reference values of its deadband, only those that changed.
+        dead_letters: Refused inputs.
+        request: Last honoured update request.
+    """
+
+    samples: Samples
+    stream_time: float
+    window: OpenWindow
+    counters: dict[str, int]
+    closed: Sequence[ClosedWindow] = ()
+    positions: Mapping[str, bytes] = {}
+    references: Mapping[str, bytes] = {}
+    dead_letters: Sequence[DeadLetter] = ()
+    request: int = 0
+
+
+class RingUsage(msgspec.Struct, frozen=True):
+    """How full the ring is, bytes and counts."""
+
+    map_bytes: int
+    live_bytes: int
+    first_seq: int
+    next_seq: int

@@ -63,7 +63,6 @@ class RingModel(RuleBasedStateMachine):
 
     @rule(
         lengths=st.lists(st.integers(0, 60), max_size=40),
-        repeat=st.sampled_from([1, 1, 1, 20]),
         seed=st.integers(0, 2**32),
         later=st.floats(0, 100),
         inputs=st.dictionaries(st.sampled_from("abc"), st.binary(max_size=8), max_size=3),
@@ -71,11 +70,16 @@ class RingModel(RuleBasedStateMachine):
         letters=st.integers(0, 3),
     )
     def commit(
-        self, lengths: list[int], repeat: int, seed: int, later: float, inputs: dict[str, bytes],
-        closes: bool, letters: int,
-    ) -> None:  # fmt: skip
+        self,
+        lengths: list[int],
+        seed: int,
+        later: float,
+        inputs: dict[str, bytes],
+        closes: bool,
+        letters: int,
+    ) -> None:
         """One commit of everything at once; an empty position forgets its input."""
-        samples = make(self.state.next_seq, lengths * repeat, seed)
+        samples = make(self.state.next_seq, lengths, seed)
         now = self.state.stream_time + later
         number = len(self.windows) + 1
         closed = [ClosedWindow(number, 0, samples.first_seq, 1, 2, now, "samples")] if closes else []
@@ -107,6 +111,15 @@ class RingModel(RuleBasedStateMachine):
         self.references |= commit.references
         self.windows += commit.closed
         self.state = state
+
+    @rule(seed=st.integers(0, 2**32), length=st.integers(20, 60))
+    def fill(self, seed: int, length: int) -> None:
+        """About a quarter of the file: a few of these evict."""
+        samples = make(self.state.next_seq, [length] * 1_000, seed)
+        commit = Commit(
+            samples=samples, stream_time=self.state.stream_time + 1, window=OpenWindow(), counters={}
+        )
+        self.expect(commit, self.ring.commit(commit))
 
     @rule(age=st.floats(0, 300))
     def evict_by_age(self, age: float) -> None:
@@ -183,4 +196,4 @@ class RingModel(RuleBasedStateMachine):
 
 
 TestRingModel = RingModel.TestCase
-TestRingModel.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestRingModel.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)

@@ -19,7 +19,8 @@ TOKENIZER = "00112233aabbccdd"
 def samples(first: int, n: int, tokens: int = 5) -> Samples:
     total = n * tokens
     return Samples(
-        first, ["s"] * n, ["text"] * n, [""] * n, array("d", range(first, first + n)), array("I", [tokens] * n),
+        first, ["s"] * n, ["text"] * n, [""] * n,
+        array("d", range(first, first + n)), array("I", [tokens] * n),
         array("I", random.Random(first).choices(range(49_152), k=total)), bytearray(b"\x01" * total),
         b"".join((first + i).to_bytes(16, "big") for i in range(n)),
     )  # fmt: skip
@@ -179,3 +180,45 @@ def test_a_ring_is_never_seen_without_its_header(tmp_path: Path) -> None:
     create_environment(tmp_path / "other", 1 << 20, {})
     with pytest.raises(ForeignFolderError, match="not a ring"):
         Ring.open_reader(tmp_path / "other")
+
+
+def test_large_commits_find_room_again_and_again(tmp_path: Path) -> None:
+    """A block wants its pages side by side; the ring makes such room instead of refusing for ever."""
+    with new_ring(tmp_path, 1 << 20) as ring:
+        for size in (900, 300, 1_100, 500) * 6:
+            commit(ring, size // 10, tokens=1_000)
+        assert [problem for _, problem in ring.check_blocks() if problem] == []
+        assert ring.read(ring.state.next_seq - 50, ring.state.next_seq - 1) == samples(
+            ring.state.next_seq - 50, 50, 1_000
+        )
+
+
+def test_a_failed_write_ends_the_handle(tmp_path: Path) -> None:
+    """After a failed flush LMDB would go on; we refuse everything until the ring is opened again."""
+    import lmdb
+
+    from storage.errors import WriteFailedError
+
+    class Broken:
+        def __init__(self, env: lmdb.Environment) -> None:
+            self._env = env
+
+        def begin(self, write: bool = False, buffers: bool = False) -> object:
+            if write:
+                raise lmdb.DiskError("mdb_txn_commit: Input/output error")
+            return self._env.begin()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._env, name)
+
+    for act in (lambda ring: commit(ring, 1), lambda ring: ring.evict_older_than(1e9)):
+        with new_ring(tmp_path) as ring:
+            commit(ring, 1)
+            state, whole = ring.state, ring._env
+            ring._env = Broken(whole)  # type: ignore[assignment]  # a disk that fails, for once
+            with pytest.raises(WriteFailedError, match="check the disk"):
+                act(ring)
+            ring._env = whole
+            with pytest.raises(WriteFailedError, match="reopen it"):
+                commit(ring, 1)
+            assert ring.state == ring.read_state() == state
