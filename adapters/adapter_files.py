@@ -1,6 +1,6 @@
 """Adapters on disk: folders that plain PEFT loads, read back through our own checks.
 
-Never pickle (peft falls back to it when a file is missing), never a hub, no configuration field that could run code.
+Never pickle (peft falls back to it when a file is missing), never a hub, no field that could run code.
 """
 
 from __future__ import annotations

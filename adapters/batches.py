@@ -1,7 +1,7 @@
 """Rows, the held-out split and the order of steps: pure functions of samples, settings and a seed. No torch.
 
-A row is what the model sees at once: BOS, then the samples of one source in order, a separator after each, so that
-a reading sees the readings before it. Attention never leaves the row. Every token has two bits:
+A row is what the model sees at once: BOS, then the samples of one source in order, a separator after each, so
+that a reading sees the readings before it. Attention never leaves the row. Every token has two bits:
 
 | token | SCORED | TRAINED |
 |---|---|---|
@@ -261,8 +261,8 @@ def take_tokens(rows: Sequence[Row], max_tokens: int, seed: str) -> list[Row]:
 def deal_steps(lengths: dict[str, list[int]], recipe: Recipe, seed: int) -> list[list[RowRef]]:
     """Deal rows to optimizer steps; the whole order of training follows from the arguments.
 
-    Each kind is swept in a new random order a pass. A kind takes its next row when that brings its total nearer
-    to its share, so shares hold over a few steps though rows are whole.
+    Each kind is swept in a new random order a pass. A kind takes its next row when that brings its total
+    nearer to its share, so shares hold over a few steps though rows are whole.
 
     Args:
         lengths: Tokens of each row, by kind; "new" must not be empty, the others may be.

@@ -1,7 +1,7 @@
 """A model in two parts: frozen lower blocks, run once a row, and adapted upper blocks over their activations.
 
-Works on decoders built like Llama (embed_tokens, layers, norm, rotary_emb, lm_head): Llama, Mistral, Qwen2, Qwen3,
-SmolLM. `SplitModel` proves that on start: it compares its own logits with the model's, and refuses another architecture.
+Works on decoders built like Llama (embed_tokens, layers, norm, rotary_emb, lm_head): Llama, Mistral, Qwen2,
+Qwen3, SmolLM. `SplitModel` proves that on start by comparing logits with the model's, and refuses others.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Activations:
         Args:
             split: The model.
             rows: Rows to run.
-            batch_tokens: Tokens a forward pass; part of the recipe, since bf16 sums depend on the batch's shape.
+            batch_tokens: Tokens a forward pass; fixed, since bf16 sums depend on the batch's shape.
         """
         hidden: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch in row_batches(rows, batch_tokens):
@@ -146,3 +146,7 @@ class Activations:
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Activations of some rows, (B, T, D), zero-padded on the right to the longest."""
         return nn.utils.rnn.pad_sequence([self._hidden[i] for i in indices], batch_first=True)
+
+    def part(self, indices: Sequence[int]) -> Activations:
+        """Some of the rows, sharing their memory."""
+        return Activations([self.rows[i] for i in indices], [self._hidden[i] for i in indices])

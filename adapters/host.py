@@ -17,7 +17,7 @@ _SAMPLE_S = 0.05
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it in hardware, else float32 (emulated bf16 is several times slower)."""
+    """bfloat16 where the CPU multiplies it in hardware, else float32 (emulated, bf16 is far slower)."""
     if platform.machine() == "aarch64":
         fast = " bf16" in Path("/proc/cpuinfo").read_text()
     else:
@@ -43,7 +43,7 @@ def set_up_torch(threads: int) -> None:
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory with NaN guards against reading it; every buffer here is written before it is read.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class PeakMemory:

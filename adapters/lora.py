@@ -267,7 +267,9 @@ def generate(
     for prompt in prompts:
         ids = [opened.manifest.bos_id, *opened.encode(prompt)]
         stop = {opened.manifest.separator_id, opened.manifest.eos_id}
-        texts.append(opened.decode(list(_continue(opened.model, ids, max_new_tokens, stop, random, temperature))))
+        texts.append(
+            opened.decode(list(_continue(opened.model, ids, max_new_tokens, stop, random, temperature)))
+        )
     return texts
 
 

@@ -1,8 +1,8 @@
-"""Losses over the vocabulary that never hold more logits than one chunk, and give their gradient in the same sweep.
+"""Losses over the vocabulary that hold one chunk of logits, and give their gradient in the same sweep.
 
 A plain cross-entropy keeps T x V logits, their softmax and their gradient: 3 x 100 MB for 512 tokens of a
-49,152-word vocabulary. Here each chunk of positions makes its logits, turns them into the gradient of the hidden states
-at once, and drops them; the head is frozen, so nothing else is needed.
+49,152-word vocabulary. Here each chunk of positions makes its logits, turns them into the gradient of the
+hidden states at once, and drops them; the head is frozen, so nothing else is needed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import Tensor
 __all__ = ["anchor_loss", "distill", "next_token_loss", "token_nll"]
 
 CHUNK_TOKENS = 256
+_TINY = 1e-30
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum over positions of a loss of softmax(h W^T), where `kind` turns probabilities into dL/dlogits in place."""
+    """Sum over positions of a loss of softmax(h W^T); `kind` turns p into dL/dlogits in place."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, kind: Any) -> Tensor:
@@ -53,7 +54,7 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
     def grade(p: Tensor, part: slice) -> Tensor:
         at = targets[part, None]
-        loss = -p.gather(1, at).float().clamp_min(1e-30).log().sum(dtype=torch.float64)
+        loss = -p.gather(1, at).float().clamp_min(_TINY).log().sum(dtype=torch.float64)
         # d(-log p_t)/dlogits = p - onehot(t)
         p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
         return loss
@@ -61,29 +62,21 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return _apply(hidden, head, grade)
 
 
-def anchor_loss(hidden: Tensor, head: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
-    """Summed KL(base || model), nats, over the base's K likeliest tokens and one class for all others.
-
-    It is 0 exactly where the model agrees with the base on those classes, and needs K numbers a position, not V.
+def anchor_loss(hidden: Tensor, head: Tensor, base_hidden: Tensor) -> Tensor:
+    """Summed KL(base || model) over the whole vocabulary, nats, differentiable in `hidden` only.
 
     Args:
-        hidden: (T, D).
-        head: (V, D).
-        top_ids: The base's likeliest next tokens, (T, K) int64.
-        top_logprobs: Their log-probabilities under the base, (T, K) float, nats.
-    Source: for classes c, dKL/dz_j = q_j - p_j in the top K and q_j (1 - p_rest / q_rest) elsewhere.
+        hidden: Normed hidden states under the adapter, (T, D).
+        head: Frozen output embedding, (V, D).
+        base_hidden: Those of the base at the same positions, (T, D): its logits in 1.2 KB a position.
+    Source: dKL(q || p)/dlogits = p - q.
     """
-    base = top_logprobs.double().exp()
-    base_rest = (1 - base.sum(1)).clamp_min(1e-6)
 
     def grade(p: Tensor, part: slice) -> Tensor:
-        q = p.gather(1, top_ids[part]).double().clamp_min(1e-30)
-        q_rest = (1 - q.sum(1)).clamp_min(1e-6)
-        known, rest = base[part], base_rest[part]
-        loss = (known * (top_logprobs[part].double() - q.log())).sum() + (rest * (rest / q_rest).log()).sum()
-        p.mul_((1 - rest / q_rest).to(p.dtype)[:, None])
-        p.scatter_(1, top_ids[part], (q - known).to(p.dtype))
-        return loss
+        q = torch.softmax(base_hidden[part] @ head.t(), dim=-1)  # (C, V)
+        ratio = (q.float() + _TINY).log_().sub_((p.float() + _TINY).log_())
+        p.sub_(q)
+        return ratio.mul_(q).sum(dtype=torch.float64)
 
     return _apply(hidden, head, grade)
 
@@ -94,7 +87,7 @@ def _apply(hidden: Tensor, head: Tensor, kind: Any) -> Tensor:
 
 
 class _Buffers:
-    """Room for one chunk's logits; pages fresh from the system each time cost as much as the product itself."""
+    """Room for one chunk's logits: pages fresh from the system cost as much as the product itself."""
 
     def __init__(self, head: Tensor) -> None:
         shape = (CHUNK_TOKENS, head.shape[0])

@@ -1,6 +1,6 @@
 """Settings of one update: how it trains (Recipe) and when it may become active (GateLimits).
 
-Light on purpose: configuration, trainer loop and the child that trains import it, and only the child has torch.
+Light on purpose: configuration, trainer loop and the child that trains import it; only the child has torch.
 Numbers start from shared measurements (adapters/NOTES.md); change one only with a measurement beside it.
 """
 
@@ -44,6 +44,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share that is accepted earlier windows; new data while there is none."""
     anchor_share: float = 0.20
     """Share that is the base's own text, held in place by KL to its cached logits."""
+    anchor_weight: float = 4.0
+    """Weight of an anchor token's KL beside a data token's cross-entropy."""
     passes: float = 2.0
     """Sweeps over the new tokens, as far as max_steps allows."""
     warmup: float = 0.10
