@@ -17,7 +17,8 @@ MEMORY_BYTES = 110 << 20
 
 def test_ingest_stays_small_and_loads_no_torch(smollm2: Path, tmp_path: Path) -> None:
     """Peak RssAnon + RssShmem of a whole stream of 60,000 readings, and every library it mapped."""
-    line = '{{"kind":"reading","source":"p","ts":{},"values":{{"pressure":{:.3f},"flow":{:.2f},"current":{:.3f}}}}}\n'
+    values = '{{"pressure":{:.3f},"flow":{:.2f},"current":{:.3f}}}'
+    line = '{{"kind":"reading","source":"p","ts":{},"values":' + values + "}}\n"
     stream = tmp_path / "events.jsonl"
     stream.write_text("".join(line.format(i, i % 977 / 7, i % 613 / 3, i % 89 / 11) for i in range(60_000)))
     words = ["ingest", "--finite", "--replay", str(stream)]
