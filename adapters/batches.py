@@ -278,10 +278,12 @@ def deal_steps(lengths: dict[str, list[int]], recipe: Recipe, seed: int) -> list
     dealers = {kind: _Dealer(lengths[kind], f"{seed}:{kind}") for kind in shares}
     steps = []
     for number in range(1, n_steps + 1):
+        # The last step ends with the passes: a small window is not swept again to fill it.
+        tokens = min(number * recipe.step_tokens, new_tokens / shares["new"])
         step = [
             RowRef(kind, index)
             for kind, share in shares.items()
-            for index in dealers[kind].up_to(share * recipe.step_tokens * number)
+            for index in dealers[kind].up_to(share * tokens)
         ]
         steps.append(step or [RowRef("new", dealers["new"].next_row())])
     return steps

@@ -1,7 +1,7 @@
 """From files of samples to rows: what an update trains on, scores, holds out and rehearses. No torch.
 
 Held out is for ever: the last fifth of each source in every window, and whatever equals it. Texts are
-compared with the held-out texts of all windows at hand, readings with those of their own and the new window (a
+compared with the held-out texts of all windows at hand, readings with those of their own and the new one (a
 sensor that repeats its values would have nothing left to learn from otherwise).
 """
 
