@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 MAX_EVENT_BYTES = 256 << 10
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$(?!\n)"  # Python's $ would also match before a final newline
 
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 Tag = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -87,12 +87,15 @@ class Origin(msgspec.Struct, frozen=True):
         input: Name of the partition within it, unique on the host ("files:cmms:/var/log/cmms.jsonl").
         arrival: When it arrived, seconds since 1970; in a replay, when it arrived at first.
         timed: Whether stream time takes the event's own `ts` (plain lines of a finite stream).
+        began: When reading of this content began, seconds; a file that was truncated, or came in the place
+            of a rotated one, holds other lines at the same offsets.
     """
 
     source: str
     input: str
     arrival: float
     timed: bool = False
+    began: float = 0.0
 
 
 class Line(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 
 import msgspec
@@ -10,10 +11,12 @@ from pipeline.config import source_defaults
 from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading, Text
 from pipeline.render import Deadband, render_reading
 from pipeline.settings import Config, Render, Source
+from storage.windows import DeadLetter
 
 __all__ = ["SourceRules"]
 
 MAX_REMEMBERED = 4_096
+_ESCAPED = re.compile(rb"\\u00([2-7][0-9A-Fa-f])")  # what JSON can write as itself: a rule must see it
 
 
 class SourceRules:
@@ -56,21 +59,23 @@ class SourceRules:
             (number, self._redact_event(event, event.source or batch.lines[number].origin.source))
             for number, event in batch.events
         ]
-        dead = [msgspec.structs.replace(d, data=self._clean_bytes(d.data, d.source)) for d in batch.dead]
-        return msgspec.structs.replace(batch, events=events, dead=dead)
+        return msgspec.structs.replace(batch, events=events, dead=[*map(self._redact_letter, batch.dead)])
 
     @cached_property
     def _deadbands(self) -> dict[str, Deadband]:
         return {name: band for name, source in self._sources.items() if (band := _deadband(source))}
 
-    def _clean(self, text: str, source: str) -> str:
+    def _clean(self, text: str, source: str | None) -> str:
         for (pattern, replacement), sources in self._redactions:
-            if not sources or source in sources:
+            if not sources or source is None or source in sources:
                 text = pattern.sub(replacement, text)
         return text
 
-    def _clean_bytes(self, data: bytes, source: str) -> bytes:
-        return self._clean(data.decode(errors="surrogateescape"), source).encode(errors="surrogateescape")
+    def _redact_letter(self, letter: DeadLetter) -> DeadLetter:
+        # Every rule: whose event this was meant to be is not known. The reason may quote the input.
+        text = _ESCAPED.sub(_unescape, letter.data).decode(errors="surrogateescape")
+        data = self._clean(text, None).encode(errors="surrogateescape")
+        return msgspec.structs.replace(letter, data=data, reason=self._clean(letter.reason, None))
 
     def _redact_event(self, event: Event, source: str) -> Event:
         match event:
@@ -79,10 +84,23 @@ class SourceRules:
             case Exchange():
                 messages = [Message(m.role, self._clean(m.content, source)) for m in event.messages]
                 return msgspec.structs.replace(event, messages=messages)
+            case Reading():
+                return self._redact_reading(event, source)
             case Feedback() if event.correction is not None:
                 return msgspec.structs.replace(event, correction=self._clean(event.correction, source))
             case _:
                 return event
+
+    def _redact_reading(self, event: Reading, source: str) -> Reading:
+        # Tags and units are text too, and are rendered.
+        values = {self._clean(tag, source): value for tag, value in event.values.items()}
+        units = {self._clean(tag, source): self._clean(unit, source) for tag, unit in event.units.items()}
+        return msgspec.structs.replace(event, values=values, units=units)
+
+
+def _unescape(found: re.Match[bytes]) -> bytes:
+    char = bytes([int(found[1], 16)])
+    return found[0] if char in b'"\\' else char
 
 
 def _deadband(source: Source) -> Deadband | None:
