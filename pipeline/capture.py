@@ -2,7 +2,7 @@
 
 A capture is zstd-packed JSON lines that `zstdcat` and `jq` read. The first line is the header, then one
 line an input: {"at": arrival, "source": .., "input": .., "offset": .., "raw": the line} ("raw64" where it
-is not UTF-8).
+is not UTF-8). "began" tells apart contents of one file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgspec
 import zstandard
 
 from pipeline.events import Line, Origin
+from storage.durable import fsync_folder
 
 __all__ = ["CAPTURE_FORMAT", "CaptureError", "CaptureHeader", "CaptureLine", "CaptureWriter", "read_header"]
 
@@ -54,21 +55,23 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
     offset: int = -1
     raw: str | None = None
     raw64: str | None = None
+    began: float = 0.0
 
     @classmethod
     def of(cls, line: Line) -> CaptureLine:
         """Record a line."""
         origin = line.origin
+        raw = raw64 = None
         try:
-            return cls(origin.arrival, origin.source, origin.input, line.offset, raw=line.data.decode())
+            raw = line.data.decode()
         except UnicodeDecodeError:
-            packed = base64.b64encode(line.data).decode()
-            return cls(origin.arrival, origin.source, origin.input, line.offset, raw64=packed)
+            raw64 = base64.b64encode(line.data).decode()
+        return cls(origin.arrival, origin.source, origin.input, line.offset, raw, raw64, origin.began)
 
     def line(self) -> Line:
         """The line as it was received."""
         data = base64.b64decode(self.raw64) if self.raw64 is not None else (self.raw or "").encode()
-        return Line(data, self.offset, Origin(self.source, self.input, self.at))
+        return Line(data, self.offset, Origin(self.source, self.input, self.at, began=self.began))
 
 
 class CaptureWriter:
@@ -140,6 +143,7 @@ class CaptureWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
+        fsync_folder(self._folder)
         if self._max_files:
             for old in sorted(self._folder.glob("capture-*.jsonl.zst"))[: -self._max_files]:
                 old.unlink()

@@ -1,15 +1,18 @@
 """Files of JSON lines, followed like `tail -F` through rotation; `.zst` files too.
 
-    at the end of a file       the path now names      then
-    plain, following           the same file           wait; shorter than read: it was truncated, start again
-    plain, following           another file            the old one was rotated: finish it, open the new
-    plain, following           nothing                 wait
-    plain, finite              anything                take the last line, this file is done
-    zst                        the same, grown         unpack again, skip what was read
-    zst                        the same                done until it changes
+    at the end of a file    its path now names         then
+    plain, following        the same file              wait
+    plain, following        another file, not empty    it was rotated: read on to its end, begin the new one
+    plain, following        another file, empty        wait: the writer still has the old one
+    plain, following        nothing                    wait; once it is deleted, it is done and forgotten
+    plain, finite           the same file, or nothing  take the last line, this file is done
+    plain, finite           another file               take the last line, begin the new one
+    zst                     anything                   done until it grows: then unpacked again from its start
 
-A position is (device, inode, offset, hash of the head): after a restart the file that it names is looked
-for under its old name and among its siblings, and drained before its successor is begun.
+Files are known by (device, inode) and the hash of their head, not by name. One that is renamed and still
+matches the pattern goes on under its new name, and takes its committed position along; one that no longer
+matches is drained first, also after a restart, then its successor is begun. When a file was truncated, what
+was not read of it is looked for in a copy beside it (logrotate's copytruncate), then it is read anew.
 """
 
 from __future__ import annotations
@@ -17,93 +20,24 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
-import zstandard
 
 from pipeline.events import Line, Origin
 from pipeline.sources.inbox import Chunk, Inbox
-from pipeline.sources.lines import READ_BYTES, LineSplitter, open_stream
+from pipeline.sources.tail import FilePosition, Identity, Tail, has_content_of, identity_of, names, str_of
 
 __all__ = ["FilePosition", "FilesConnector"]
 
 POLL_S = 0.25
-HEAD_BYTES = 4_096
+MAX_OPEN = 200  # files at a time; beyond it those that wait are closed until they grow
+MAX_NAME_BYTES = 400  # an LMDB key has 511
 log = logging.getLogger("edgewater.files")
-
-
-class FilePosition(msgspec.Struct, frozen=True):
-    """Where in which file reading goes on.
-
-    Attributes:
-        device, inode: The file.
-        offset: Bytes of content (unpacked, for zst) that are committed.
-        head: Hash of its first bytes, up to 4 KiB and up to `offset`; an inode can be used again.
-        head_bytes: How many bytes `head` covers.
-        path: Where it was; for people.
-    """
-
-    device: int
-    inode: int
-    offset: int
-    head: bytes
-    head_bytes: int
-    path: str
-
-
-class _Tail:
-    """One file being read; `strict` makes damage an error instead of a wait."""
-
-    def __init__(self, path: Path, offset: int, *, strict: bool) -> None:
-        self.path = path
-        self.strict = strict  # nobody will come and complete the file
-        self.stream: BinaryIO = open_stream(path)
-        info = path.stat()
-        self.device, self.inode, self.size = info.st_dev, info.st_ino, info.st_size
-        self.packed = isinstance(self.stream, zstandard.ZstdDecompressionReader)
-        self.splitter = LineSplitter(offset)
-        self._head = b""
-        self.broken = False
-        self._skip(offset)
-
-    def _skip(self, offset: int) -> None:
-        self._head = self.stream.read(min(offset, HEAD_BYTES)) if offset else b""
-        left = offset - len(self._head)
-        if left > 0 and not self.packed:
-            self.stream.seek(offset)
-        while left > 0 and self.packed and (data := self.stream.read(min(left, 1 << 20))):
-            left -= len(data)
-
-    def read(self) -> bytes:
-        try:
-            data = self.stream.read(READ_BYTES)
-        except zstandard.ZstdError as error:
-            if self.strict:
-                at = self.splitter.offset
-                raise OSError(f"{self.path}: damaged after {at} bytes of content: {error}") from error
-            # A frame still being written looks like this too: it is unpacked again when the file grows.
-            log.warning("%s: cannot unpack further: %s", self.path, error)
-            self.broken = True
-            return b""
-        if len(self._head) < HEAD_BYTES:
-            self._head += data[: HEAD_BYTES - len(self._head)]
-        return data
-
-    def position(self) -> bytes:
-        offset = self.splitter.offset
-        head = self._head[: min(offset, HEAD_BYTES)]
-        digest = hashlib.blake2b(head, digest_size=16).digest()
-        return msgspec.msgpack.encode(
-            FilePosition(self.device, self.inode, offset, digest, len(head), str(self.path))
-        )
-
-    def close(self) -> None:
-        self.stream.close()
 
 
 class FilesConnector:
@@ -123,18 +57,19 @@ class FilesConnector:
         self._finite = finite
         self._timed = timed
         self._stop = threading.Event()
-        self._tails: dict[str, _Tail] = {}  # by the path that is followed
-        self._done: dict[str, tuple[int, int]] = {}  # path -> (inode, size) when it was read to its end
+        self._here: dict[Identity, str] = {}  # files that match, and where
+        self._tails: dict[Identity, Tail] = {}  # files that are open
+        self._rows: dict[str, FilePosition] = {}  # by input, as the ring holds them or soon will
+        self._done: dict[Identity, int] = {}  # files left alone, until their size is another
+        self._complaints: dict[str, str] = {}
         self._thread: threading.Thread | None = None
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """Begin to read in a thread of its own."""
         self._inbox = inbox
-        self._positions = {
-            name: msgspec.msgpack.decode(data, type=FilePosition)
-            for name, data in positions.items()
-            if name.startswith(f"{self.name}:")
-        }
+        decode = msgspec.msgpack.Decoder(FilePosition).decode
+        mine = f"{self.name}:"
+        self._rows = {name: decode(data) for name, data in positions.items() if name.startswith(mine)}
         inbox.opened(self)
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
@@ -152,10 +87,10 @@ class FilesConnector:
         fault: BaseException | None = None
         try:
             while not self._stop.is_set():
-                moved = [self._advance(path) for path in self._paths()]
-                if self._finite and not any(moved):
+                moved = self._sweep()
+                if self._finite and not moved:
                     break
-                if not any(moved):
+                if not moved:
                     self._stop.wait(POLL_S)
         except Exception as error:
             log.exception("%s stopped", self.name)
@@ -165,99 +100,203 @@ class FilesConnector:
                 tail.close()
             self._inbox.ended(self, fault)
 
-    def _paths(self) -> list[str]:
-        """Paths to follow: those that match, less a rotated file still read under its old name."""
+    def _sweep(self) -> bool:
+        """Read a piece of every file. Returns: whether anything was read, opened or closed."""
+        self._look()
+        moved = False
+        for identity, tail in list(self._tails.items()):
+            if self._tails.get(identity) is tail and not self._stop.is_set():
+                moved |= self._advance(tail)
+        for identity, path in self._here.items():
+            if identity not in self._tails and not self._stop.is_set():
+                moved |= self._begin(path, identity)
+        return moved
+
+    def _look(self) -> None:
+        """See which files match, and let those that were renamed go on under their new names."""
         found = sorted(glob.glob(self._pattern, recursive=True))  # noqa: PTH207 - absolute patterns
-        held = {(tail.device, tail.inode): path for path, tail in self._tails.items()}
-        paths = [path for path in found if held.get(_identity(path) or (0, 0), path) == path]
-        return paths + [path for path in self._tails if path not in paths]
+        self._here = {}
+        for path in found:
+            if (identity := identity_of(path)) is not None:
+                self._here.setdefault(identity, path)
+        self._done = {identity: size for identity, size in self._done.items() if identity in self._here}
+        strange = {i: path for i, path in self._here.items() if self._row_of(self._input(path)) != i}
+        if strange and self._rows:
+            self._follow_renamed(strange)
 
-    def _advance(self, path: str) -> bool:
+    def _follow_renamed(self, strange: Mapping[Identity, str]) -> None:
+        newest = {row.identity: row for row in sorted(self._rows.values(), key=lambda row: row.offset)}
+        renamed: dict[str, FilePosition] = {}
+        for identity, path in strange.items():
+            row = newest.get(identity)
+            if row is None or not has_content_of(path, row):
+                continue
+            renamed[self._input(path)] = row
+            if identity in self._tails:
+                self._tails[identity].path = path
+        if renamed:  # in one commit: a row of theirs may be where another must go
+            self._move(renamed)
+
+    def _advance(self, tail: Tail) -> bool:
         """Read one piece of a file. Returns: whether anything was read or opened."""
-        tail = self._tails.get(path)
-        if tail is None:
-            return self._open(path)
-        if data := tail.read():
-            self._send(tail, path, tail.splitter.feed(data))
+        if tail.rewritten():
+            self._leave_truncated(tail)
             return True
-        return self._at_end(path, tail)
+        if data := tail.read():
+            tail.waiting = False
+            self._send(tail, tail.splitter.feed(data))
+            return True
+        return self._at_end(tail)
 
-    def _at_end(self, path: str, tail: _Tail) -> bool:
+    # -- the end of a file --------------------------------------------------------------------------
+
+    def _at_end(self, tail: Tail) -> bool:
         """Decide what an end of file means (the table above). Returns: whether reading goes on elsewhere."""
-        identity = _identity(path)
-        over = tail.packed or self._finite
-        if over:
-            self._done[path] = (tail.inode, tail.size)
-        elif identity is None:
-            return False  # moved away, its successor is not there yet
-        elif identity == (tail.device, tail.inode):
-            if Path(path).stat().st_size >= tail.splitter.offset:
-                return False  # nothing new yet
-            log.info("%s was truncated: reading it from its start", path)
-        if not tail.broken:
-            self._send(tail, path, tail.splitter.finish())
-        tail.close()
-        del self._tails[path]
-        if not over:
-            self._positions.pop(self._input(path), None)
+        present = identity_of(tail.path)
+        rotated = present not in (tail.identity, None)
+        if tail.packed or (self._finite and not rotated):
+            self._leave_done(tail)
+            return True
+        if not rotated and not tail.deleted():
+            tail.waiting, tail.leaving = True, False
+            return False
+        if rotated and not self._finite and not tail.leaving:
+            # Once more: its last lines may have come between our last read and this look.
+            tail.leaving = _size(tail.path) > 0
+            return tail.leaving
+        self._send(tail, tail.splitter.finish())
+        self._forget(tail, durably=not rotated)
         return True
 
-    def _open(self, path: str) -> bool:
-        try:
-            info = Path(path).stat()
-        except OSError:
+    def _leave_done(self, tail: Tail) -> None:
+        """Leave a file alone until it grows; while we follow, its last line may yet be completed."""
+        last = tail.splitter.finish()
+        if not tail.broken and (self._finite or all(_is_json(data) for _, data in last)):
+            self._send(tail, last)
+        self._done[tail.identity] = tail.size
+        self._close(tail)
+
+    def _leave_truncated(self, tail: Tail) -> None:
+        """Begin the new content, after the rest of the old one if somebody copied it."""
+        log.info("%s was truncated: reading it from its start", tail.path)
+        known = self._rows.get(self._input(tail.path))
+        copy = next((p for p in _siblings(tail.path) if known and has_content_of(p, known)), None)
+        if copy is not None and known is not None:
+            self._close(tail)
+            self._open(tail.path, copy, known)
+            return
+        self._send(tail, tail.splitter.finish())
+        self._forget(tail, durably=True)
+
+    def _close(self, tail: Tail) -> None:
+        self._tails.pop(tail.identity).close()
+
+    def _forget(self, tail: Tail, *, durably: bool) -> None:
+        name = self._input(tail.path)
+        self._close(tail)
+        if self._row_of(name) == tail.identity:
+            del self._rows[name]
+            if durably:
+                self._move({name: None})
+
+    # -- the beginning of a file --------------------------------------------------------------------
+
+    def _begin(self, path: str, identity: Identity) -> bool:
+        """Open a file that matches. Returns: whether it, or what must be read before it, was opened."""
+        if identity in self._done and (self._finite or self._done[identity] == _size(path)):
             return False
-        if self._done.get(path) == (info.st_ino, info.st_size):
+        row = self._rows.get(self._input(path))
+        if row is None or names(row, path):
+            return self._open(path, path, row)
+        # What was followed under this name before is another file, or other content: that comes first.
+        before = self._tails.get(row.identity)
+        if any(tail.path == path for tail in self._tails.values()) or (before and not before.waiting):
             return False
-        known = self._positions.pop(self._input(path), None)
-        target = _find(Path(path), known) if known else None
-        if known and target is None:
+        if before is None and row.identity != identity and row.identity in self._here:
+            if row.identity not in self._done:
+                return False
+        elif before is None:
+            places = [*_siblings(path), *self._here.values()]
+            renamed = next((place for place in places if names(row, place)), None)
+            copies = (place for place in (path, *places) if row.offset and has_content_of(place, row))
+            if rest := renamed or next(copies, None):
+                return self._open(path, rest, row)
             log.warning("%s: the file read so far is gone; reading the present one from its start", path)
+        del self._rows[self._input(path)]
+        return self._open(path, path, None)
+
+    def _open(self, path: str, target: str, known: FilePosition | None) -> bool:
+        """Open a file to be followed under a path; say it once if that cannot be."""
+        if len(self._tails) >= MAX_OPEN:
+            idle = next((tail for tail in self._tails.values() if tail.waiting), None)
+            if idle is None:
+                return False
+            self._done[idle.identity] = _size(idle.path)
+            self._close(idle)
         try:
-            offset = known.offset if known and target else 0
-            tail = _Tail(target or Path(path), offset, strict=self._finite)
+            tail = Tail(target, known, finite=self._finite)
         except OSError as error:
-            log.warning("%s cannot be read: %s", path, error)
+            if self._complaints.get(target) != str(error):
+                self._complaints[target] = str(error)
+                log.warning("%s cannot be read: %s", target, error)
             return False
-        self._tails[path] = tail
+        if tail.identity in self._tails:  # it changed its name between two looks
+            tail.close()
+            return False
+        tail.path = path
+        self._tails[tail.identity] = tail
+        if known is not None:  # a copy's identity is its own
+            device, inode = tail.identity
+            self._rows[self._input(path)] = msgspec.structs.replace(known, device=device, inode=inode)
         return True
+
+    # -- handing over -------------------------------------------------------------------------------
 
     def _input(self, path: str) -> str:
-        return f"{self.name}:{path}"
+        clean = str_of(path)
+        if len(clean.encode()) > MAX_NAME_BYTES - len(self.name):
+            digest = hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()
+            clean = f"{digest}:{clean.encode()[-200:].decode(errors='ignore')}"
+        return f"{self.name}:{clean}"
 
-    def _send(self, tail: _Tail, path: str, lines: list[tuple[int, bytes]]) -> None:
-        name = self._input(path)
-        arrival = 0.0 if self._timed else time.time()
-        origin = Origin(self._source, name, arrival, self._timed)
-        position = tail.position()
-        self._positions[name] = msgspec.msgpack.decode(position, type=FilePosition)
-        if lines:
-            self._inbox.put(Chunk(self, [Line(data, at, origin) for at, data in lines], {name: position}))
+    def _row_of(self, name: str) -> Identity | None:
+        row = self._rows.get(name)
+        return row.identity if row else None
+
+    def _send(self, tail: Tail, lines: list[tuple[int, bytes]]) -> None:
+        if not lines:
+            return
+        name, position = self._input(tail.path), tail.position()
+        self._rows[name] = position
+        origin = Origin(self._source, name, 0.0 if self._timed else time.time(), self._timed, tail.began)
+        rows = {name: msgspec.msgpack.encode(position)}
+        self._put(Chunk(self, [Line(data, at, origin) for at, data in lines], rows))
+
+    def _move(self, rows: Mapping[str, FilePosition | None]) -> None:
+        """Commit positions without lines; None forgets an input."""
+        self._rows |= {name: row for name, row in rows.items() if row}
+        packed = {name: msgspec.msgpack.encode(row) if row else b"" for name, row in rows.items()}
+        self._put(Chunk(self, [], packed))
+
+    def _put(self, chunk: Chunk) -> None:
+        if not self._inbox.put(chunk):
+            self._stop.set()  # nothing after it may be handed over either
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _siblings(path: str) -> list[str]:
+    return sorted(glob.glob(glob.escape(path) + "?*"))  # noqa: PTH207 - of a text
+
+
+def _size(path: str) -> int:
     try:
-        info = Path(path).stat()
+        return Path(path).stat().st_size
     except OSError:
-        return None
-    return info.st_dev, info.st_ino
+        return 0
 
 
-def _find(path: Path, known: FilePosition) -> Path | None:
-    """The file that a position names: at its path, or renamed beside it (app.log -> app.log.1)."""
-    siblings = sorted(path.parent.glob(glob.escape(path.name) + "?*"))
-    for candidate in (path, *siblings):
-        if _identity(str(candidate)) == (known.device, known.inode) and _same_head(candidate, known):
-            return candidate
-    # Another inode with the same beginning: a copy, a restored backup, a new container layer.
-    return path if _same_head(path, known) and known.offset else None
-
-
-def _same_head(path: Path, known: FilePosition) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
-        with open_stream(path) as stream:
-            head = stream.read(known.head_bytes)
-    except (OSError, zstandard.ZstdError):
+        msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return False
-    whole = len(head) == known.head_bytes
-    return whole and hashlib.blake2b(head, digest_size=16).digest() == known.head
+    return True

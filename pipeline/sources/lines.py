@@ -10,19 +10,25 @@ import zstandard
 
 from pipeline.events import MAX_EVENT_BYTES
 
-__all__ = ["READ_BYTES", "LineSplitter", "open_stream"]
+__all__ = ["MAGIC_BYTES", "MAX_WINDOW_BYTES", "READ_BYTES", "LineSplitter", "is_packed", "open_stream"]
 
 READ_BYTES = 32 << 10
+MAGIC_BYTES = 4
 MAX_WINDOW_BYTES = 8 << 20  # a frame that wants more memory than this to unpack is refused
 
 
 class LineSplitter:
     """Cuts a stream of bytes into lines with their offsets.
 
-    A line longer than an event may be is cut there (decode then refuses it) and the rest skipped.
+    A line longer than an event may be is cut one byte after that (decode then refuses it), the rest skipped.
+
+    Args:
+        offset: Of the first byte that will be fed.
+        max_bytes: So long may a line be.
     """
 
-    def __init__(self, offset: int = 0) -> None:
+    def __init__(self, offset: int = 0, max_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._rest = b""
         self._start = offset  # of `_rest`
         self._skipping = 0  # bytes of an overlong line that were dropped after `_rest`
@@ -37,39 +43,42 @@ class LineSplitter:
         out: list[tuple[int, bytes]] = []
         *whole, rest = data.split(b"\n")
         for part in whole:
-            line = self._grown(part)
-            length = len(line) + self._skipping
-            if line.rstrip(b"\r"):
-                out.append((self._start, line.rstrip(b"\r")))
-            self._start += length + 1
-            self._rest, self._skipping = b"", 0
+            self._rest = self._grown(part)
+            out += self.finish()
+            self._start += 1
         self._rest = self._grown(rest)
         return out
 
     def finish(self) -> list[tuple[int, bytes]]:
         """The last line of a stream that ends without a line end."""
-        line, length = self._rest.rstrip(b"\r"), len(self._rest) + self._skipping
+        # A line that was cut keeps what it ends with: stripped, it might pass for a whole one.
+        line = self._rest if self._skipping else self._rest.rstrip(b"\r")
         out = [(self._start, line)] if line else []
-        self._start += length
+        self._start += len(self._rest) + self._skipping
         self._rest, self._skipping = b"", 0
         return out
 
     def _grown(self, part: bytes) -> bytes:
         line = self._rest + part if self._rest else part
-        if len(line) <= MAX_EVENT_BYTES + 1:
+        if len(line) <= self._max_bytes + 1:
             return line
-        self._skipping += len(line) - MAX_EVENT_BYTES - 1
-        return line[: MAX_EVENT_BYTES + 1]
+        self._skipping += len(line) - self._max_bytes - 1
+        return line[: self._max_bytes + 1]
 
 
-def open_stream(path: Path | int) -> BinaryIO:
-    """Open a file, or a file descriptor, for reading; zstd frames are unpacked as they are read.
+def is_packed(head: bytes) -> bool:
+    """Whether a stream that begins so (4 bytes at least) is zstd."""
+    return head[:MAGIC_BYTES] == zstandard.MAGIC_NUMBER.to_bytes(MAGIC_BYTES, "little")
+
+
+def open_stream(source: Path | io.RawIOBase) -> BinaryIO:
+    """Open a file for reading; zstd frames are unpacked as they are read.
 
     Unpacking is a stream with a bounded window, so a small file that claims to be huge costs nothing.
     """
-    raw = open(path, "rb", buffering=0, closefd=not isinstance(path, int))  # noqa: SIM115 - the caller closes it
+    raw = source if isinstance(source, io.RawIOBase) else source.open("rb", buffering=0)
     head = io.BufferedReader(raw, READ_BYTES)
-    if head.peek(4)[:4] != zstandard.MAGIC_NUMBER.to_bytes(4, "little"):
+    if not is_packed(head.peek(MAGIC_BYTES)):
         return head
     reader = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     return reader.stream_reader(head, read_across_frames=True, closefd=True)

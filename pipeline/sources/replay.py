@@ -11,12 +11,14 @@ import msgspec
 
 from pipeline.capture import CaptureLine, read_header
 from pipeline.decode import RefusedError, decode_event, event_time
-from pipeline.events import Line, Origin
+from pipeline.events import MAX_EVENT_BYTES, Line, Origin
 from pipeline.sources.inbox import Chunk, Inbox
 from pipeline.sources.lines import READ_BYTES, LineSplitter, open_stream
 
 __all__ = ["ReplayConnector"]
 
+# JSON writes a byte as up to six, and an event as large as allowed must come back as it was.
+MAX_CAPTURED_BYTES = 6 * MAX_EVENT_BYTES + (8 << 10)
 _decode_line = msgspec.json.Decoder(CaptureLine).decode
 
 
@@ -77,7 +79,7 @@ class ReplayConnector:
                     return
 
     def _pieces(self) -> Iterator[tuple[list[tuple[int, bytes]], int]]:
-        splitter = LineSplitter()
+        splitter = LineSplitter(max_bytes=MAX_CAPTURED_BYTES)
         with open_stream(self._path) as stream:
             while not self._stop.is_set() and (data := stream.read(READ_BYTES)):
                 yield splitter.feed(data), splitter.offset
@@ -87,9 +89,10 @@ class ReplayConnector:
         if captured:
             try:
                 return _decode_line(data).line()
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, ValueError, RecursionError):
                 pass  # a damaged line of the capture is refused by decode, with its place
         # Plain lines carry no arrival: stream time is their own `ts`, and 0 where there is none.
+        data = data[: MAX_EVENT_BYTES + 1]  # decode says that it is too long; what waits stays small
         return Line(data, at, Origin("replay", f"replay:{self._path.name}", 0.0, timed=True))
 
     def _paced(self, lines: list[Line], ends: list[int]) -> Iterator[Chunk]:

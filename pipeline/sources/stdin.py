@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import IO, cast
+
+import zstandard
 
 from pipeline.events import Line, Origin
 from pipeline.sources.inbox import Chunk, Inbox
-from pipeline.sources.lines import READ_BYTES, LineSplitter, open_stream
+from pipeline.sources.lines import MAGIC_BYTES, MAX_WINDOW_BYTES, READ_BYTES, LineSplitter, is_packed
 
 __all__ = ["StdinConnector"]
 
@@ -47,29 +51,51 @@ class StdinConnector:
     def _run(self, inbox: Inbox) -> None:
         fault: BaseException | None = None
         try:
-            # peek() in open_stream waits for the first bytes: wait here instead, where stop is heard.
-            if self._readable():
-                self._read(inbox)
+            self._read_all(inbox)
+        except zstandard.ZstdError as error:
+            fault = OSError(f"standard input: cannot unpack it further: {error}")
         except Exception as error:
             fault = error
         finally:
             inbox.ended(self, fault)
 
-    def _read(self, inbox: Inbox) -> None:
-        stream, splitter = open_stream(self._fd), LineSplitter()
-        read = getattr(stream, "read1", stream.read)  # a pipe gives what it has; read() would wait for more
-        while self._readable() and (data := read(READ_BYTES)):
+    def _read_all(self, inbox: Inbox) -> None:
+        splitter = LineSplitter()
+
+        def take(data: bytes) -> None:
             self._send(inbox, splitter.feed(data))
+
+        head = b""
+        while len(head) < MAGIC_BYTES and (data := self._read()):
+            head += data
+        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        push = unpacker.stream_writer(cast("IO[bytes]", _Sink(take))).write if is_packed(head) else take
+        push(head)
+        while data := self._read():
+            push(data)
         if not self._stop.is_set():
             self._send(inbox, splitter.finish())
 
-    def _readable(self) -> bool:
+    def _read(self) -> bytes:
+        """What the pipe has, as soon as it has any; b"" at its end, or when reading must stop."""
+        # Straight from the descriptor: what a buffer holds, select() does not see, and it would wait there.
         while not self._stop.is_set():
             if select.select([self._fd], [], [], 0.2)[0]:
-                return True
-        return False
+                return os.read(self._fd, READ_BYTES)
+        return b""
 
     def _send(self, inbox: Inbox, lines: list[tuple[int, bytes]]) -> None:
         origin = Origin(self._source, self.name, time.time())
-        if lines:
-            inbox.put(Chunk(self, [Line(data, -1, origin) for _, data in lines]))
+        if lines and not inbox.put(Chunk(self, [Line(data, -1, origin) for _, data in lines])):
+            self._stop.set()
+
+
+class _Sink:
+    """Gives on unpacked bytes piece by piece: 2 KB can unpack to 64 MB."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+
+    def write(self, data: bytes) -> int:
+        self._take(bytes(data))
+        return len(data)
