@@ -26,8 +26,8 @@ WORK_ORDERS, SHORT_WORK_ORDERS = "work-orders.jsonl.zst", 1_800
 WEATHER = "weather.jsonl.zst"
 READINGS_A_WORK_ORDER = 1 / 3
 BURST = 150  # readings that come together: the site reports its weather in blocks, work orders between
-PROMPTS = ("excavator B: REPLACE", "excavator A: REPAIR", "weather-1 temperature=")
-NEW_TOKENS = 16
+PROMPTS = ("excavator A:", "excavator D: HYDRAULIC", "weather-1 temperature=-5.21C pressure=")
+NEW_TOKENS, SEED, TEMPERATURE = 24, 2, 0.5
 _STREAM, _CONTINUATIONS = "stream.jsonl", "continuations.json"
 
 
@@ -119,8 +119,10 @@ def _continuations(
 
     model = ensure_model(config, progress)
     folder = DataFolder(config.data_dir).versions / active.folder
-    base = generate(model, None, list(PROMPTS), NEW_TOKENS)
-    adapted = generate(model, folder, list(PROMPTS), NEW_TOKENS)
+    base, adapted = (
+        generate(model, version, list(PROMPTS), NEW_TOKENS, seed=SEED, temperature=TEMPERATURE)
+        for version in (None, folder)
+    )
     texts = [
         {"prompt": prompt, "base": one, "adapted": other}
         for prompt, one, other in zip(PROMPTS, base, adapted, strict=True)
