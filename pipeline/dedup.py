@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -19,24 +19,30 @@ from storage.block import HASH_BYTES
 
 __all__ = ["Dedup", "DedupMode", "SeenHashes"]
 
+MAX_REFERENCE_TAGS = 1_024  # a source that invents tags must not grow its row without end
 DedupMode = str  # "delivery" | "content" | "none", checked by the configuration
 NO_HASH = bytes(HASH_BYTES)
 
 
 class SeenHashes:
-    """The newest `horizon` hashes, first in first out.
+    """Hashes of the newest `horizon` samples, first in first out, as far as the ring holds them.
 
     Holds the leading 8 bytes of each as an integer: among 200,000 of them a new event is taken for an
     old one by chance once in 10^14. About 80 bytes a hash.
+
+    Args:
+        horizon: So many samples back.
+        next_seq: Seq of the next sample.
+        hashes: Those of the samples before it, oldest first, at most `horizon`.
     """
 
-    def __init__(self, horizon: int, hashes: Iterable[bytes] = ()) -> None:
+    def __init__(self, horizon: int, next_seq: int = 0, hashes: Sequence[bytes] = ()) -> None:
         self._horizon = horizon
-        self._order: array[int] = array("Q", bytes(8 * horizon))
-        self._next = 0
+        self._keys: array[int] = array("Q", bytes(8 * horizon))  # by seq, 0 where nothing identifies it
+        self._first, self._next = next_seq - len(hashes), next_seq
         self._seen: set[int] = set()
-        for digest in hashes:
-            self.add(digest)
+        for seq, digest in zip(reversed(range(self._first, next_seq)), reversed(hashes), strict=True):
+            self._keys[seq % horizon] = self._new_key(digest)
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -45,22 +51,30 @@ class SeenHashes:
         return int.from_bytes(digest[:8], "little") in self._seen
 
     def add(self, digest: bytes) -> None:
-        """Remember the hash of a sample; the oldest one beyond the horizon is forgotten."""
+        """Remember the hash of the next sample; the one beyond the horizon is forgotten."""
+        if self._horizon:
+            self.forget_before(self._next + 1 - self._horizon)
+            self._keys[self._next % self._horizon] = self._new_key(digest)
+            self._next += 1
+
+    def forget_before(self, seq: int) -> None:
+        """Forget samples before a seq: a restart could not read them back, and must not decide otherwise."""
+        while self._first < min(seq, self._next):
+            self._seen.discard(self._keys[self._first % self._horizon])
+            self._first += 1
+
+    def _new_key(self, digest: bytes) -> int:
         key = int.from_bytes(digest[:8], "little")
-        if digest == NO_HASH or key in self._seen or not self._horizon:
-            return
-        slot = self._next % self._horizon
-        if self._next >= self._horizon:
-            self._seen.discard(self._order[slot])
-        self._order[slot] = key
+        if not key or key in self._seen:  # the newer of two keeps it
+            return 0
         self._seen.add(key)
-        self._next += 1
+        return key
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """The last reported reading of a source: what the next is compared with."""
+    """The last reported reading of a source, at its stream time: what the next is compared with."""
 
-    ts: float
+    at: float
     values: dict[str, float]
 
 
@@ -70,6 +84,7 @@ class Dedup:
     Args:
         key: Secret of the hashes, so that they tell nothing of what was said.
         seen: Hashes of the newest samples.
+        held_from: Oldest seq that the ring holds.
         references: Source -> encoded Reference, as the ring holds them.
         mode_of: (source, kind of event) -> "delivery", "content" or "none".
         deadband_of: Source -> its deadband, None if it reports everything.
@@ -79,12 +94,14 @@ class Dedup:
         self,
         key: bytes,
         seen: SeenHashes,
+        held_from: Callable[[], int],
         references: Mapping[str, bytes],
         mode_of: Callable[[str, str], DedupMode],
         deadband_of: Callable[[str], Deadband | None],
     ) -> None:
         self._key = key
         self._seen = seen
+        self._held_from = held_from
         decode = msgspec.msgpack.Decoder(Reference).decode
         self._references = {source: decode(data) for source, data in references.items()}
         self._mode_of = mode_of
@@ -96,15 +113,16 @@ class Dedup:
         hashes: list[bytes] = []
         changed: dict[str, Reference] = {}
         duplicates = suppressed = 0
+        self._seen.forget_before(self._held_from())
         for i, (number, event) in enumerate(batch.events):
             line = batch.lines[number]
-            digest = self._hash(event, line)
+            digest = self._hash(event, line, batch.times[i])
             if digest in self._seen:
                 duplicates += 1
-            elif isinstance(event, Reading) and not self._reports(event, line, batch.times[i], changed):
+            elif isinstance(event, Reading) and not self._reports(event, line, batch.arrivals[i], changed):
                 suppressed += 1
             else:
-                # Only what is stored is remembered: the set that a restart reads back is this one.
+                # What is stored is remembered, in its order: the set that a restart reads back is this one.
                 self._seen.add(digest)
                 keep.append(i)
                 hashes.append(digest)
@@ -118,7 +136,7 @@ class Dedup:
             outcome=msgspec.structs.replace(batch.outcome, duplicates=duplicates, suppressed=suppressed),
         )
 
-    def _hash(self, event: Event, line: Line) -> bytes:
+    def _hash(self, event: Event, line: Line, ts: float) -> bytes:
         source = event.source or line.origin.source
         mode = self._mode_of(source, type(event).__struct_config__.tag)  # type: ignore[arg-type]
         if mode == "none":
@@ -128,24 +146,25 @@ class Dedup:
         elif event.id is not None:
             identity = ("i", source, event.id)
         elif event.ts is not None:
-            identity = ("t", source, event.ts, _content(event))
+            identity = ("t", source, ts, _content(event))
         elif line.offset >= 0:
-            identity = ("p", line.origin.input, line.offset, line.data)
+            identity = ("p", line.origin.input, line.origin.began, line.offset, line.data)
         else:
             return NO_HASH  # nothing tells a redelivery from a new event: see the README
         data = msgspec.msgpack.encode(identity)
         return hashlib.blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
 
-    def _reports(self, event: Reading, line: Line, ts: float, changed: dict[str, Reference]) -> bool:
+    def _reports(self, event: Reading, line: Line, now: float, changed: dict[str, Reference]) -> bool:
         source = event.source or line.origin.source
         deadband = self._deadband_of(source)
         if deadband is None:
             return True
         last = self._references.get(source)
-        if last and deadband.silent(last.values, event.values, ts - last.ts):
+        if last and deadband.silent(last.values, event.values, now - last.at):
             return False
         values = {**(last.values if last else {}), **event.values}
-        self._references[source] = changed[source] = Reference(ts, values)
+        kept = dict(list(values.items())[-MAX_REFERENCE_TAGS:])
+        self._references[source] = changed[source] = Reference(now, kept)
         return True
 
 

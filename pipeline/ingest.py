@@ -157,9 +157,16 @@ def _steps(
     rules = SourceRules(config)
     horizon = config.dedup.horizon_events
     started = time.monotonic()
-    seen = SeenHashes(horizon, ring.newest_hashes(horizon))
+    seen = SeenHashes(horizon, ring.state.next_seq, ring.newest_hashes(horizon))
     log.info("read %d dedup hashes back in %.2f s", len(seen), time.monotonic() - started)
-    dedup = Dedup(ring.header.dedup_key, seen, ring.named("r"), rules.dedup_mode, rules.deadband)
+    dedup = Dedup(
+        ring.header.dedup_key,
+        seen,
+        lambda: ring.state.tail_seq,
+        ring.named("r"),
+        rules.dedup_mode,
+        rules.deadband,
+    )
     steps: dict[str, Step] = {
         "decode": partial(decode, refusal=tokenizer.refusal),
         "redact": rules.redact,

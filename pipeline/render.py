@@ -22,7 +22,7 @@ class Deadband(msgspec.Struct, frozen=True):
     Attributes:
         bands: Tag -> how far it may move unreported; None in `everywhere`'s place looks only at these.
         everywhere: Band of all other tags, None if they are not looked at.
-        max_silence_s: Report at least this often, seconds of event time; 0 never for silence alone.
+        max_silence_s: Report at least this often, seconds of stream time; 0 never for silence alone.
     """
 
     bands: dict[str, float] = {}
