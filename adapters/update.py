@@ -122,11 +122,11 @@ class UpdateResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stopped(BaseException):
-    """SIGTERM came; not an Exception, so that no handler on the way takes it for an error."""
+    """SIGTERM came while training, and a checkpoint is written. No Exception: nothing catches it."""
 
 
 class StopSignal:
-    """SIGTERM as a flag inside `deferred()`, as an exception at once elsewhere."""
+    """SIGTERM as a flag inside `deferred()`; elsewhere the process ends at once: nothing is half written."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -140,7 +140,8 @@ class StopSignal:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if not self._deferred:
-            raise Stopped
+            # No exception: one that is raised in a destructor or a callback is printed and forgotten.
+            os._exit(STOPPED)
 
     @contextlib.contextmanager
     def deferred(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -10,6 +11,8 @@ from adapters.gate import GAIN, Criterion, at_least, at_most, decide, not_applic
 from adapters.recipe import GateLimits
 
 LIMITS = GateLimits()
+OfScale = Callable[[float], float]
+Evaluate = Callable[[float], Iterator[Criterion]]
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
@@ -26,10 +29,10 @@ def test_a_value_at_its_limit_passes():
     assert at_most("x", 0.081, 0.08, "r").verdict == at_least("x", 0.009, 0.01, "r").verdict == "failed"
 
 
-def measures(gain, drift, seen=None):
+def measures(gain: OfScale, drift: OfScale, seen: list[float] | None = None) -> Evaluate:
     """A candidate whose gain and drift are functions of its scale."""
 
-    def evaluate(scale):
+    def evaluate(scale: float) -> Iterator[Criterion]:
         if seen is not None:
             seen.append(scale)
         yield at_least(GAIN, gain(scale), LIMITS.min_gain, "gain")

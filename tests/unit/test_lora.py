@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.adapter_files import ADAPTER_FILE, CONFIG_FILE, AdapterError, read_adapter, save_adapter
+from adapters.adapter_files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    AdapterError,
+    LoraState,
+    read_adapter,
+    save_adapter,
+)
 from adapters.base_model import load_model
 from adapters.lora import (
     LoraLinear,
@@ -39,14 +48,15 @@ def model(tiny_model):
     return base
 
 
-def random_state(model, seed=0, size=0.1):
+def random_state(model: Any, seed: int = 0, size: float = 0.1) -> LoraState:
     random = torch.Generator().manual_seed(seed)
     return {name: torch.randn(w.shape, generator=random) * size for name, w in lora_state(model).items()}
 
 
-def logits(model):
+def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
+        out: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    return out
 
 
 def test_the_layer_computes_w_plus_alpha_over_r_b_a(model):
@@ -139,7 +149,7 @@ def saved(model, tmp_path):
     return tmp_path, config
 
 
-def change_config(folder, **fields):
+def change_config(folder: Path, **fields: Any) -> None:
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 

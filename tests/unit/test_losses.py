@@ -15,7 +15,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
 
 
-def tensors(seed=0, tokens=10, width=8, vocabulary=13):
+def tensors(
+    seed: int = 0, tokens: int = 10, width: int = 8, vocabulary: int = 13
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=random)
     head = torch.randn(vocabulary, width, generator=random)
@@ -60,6 +62,7 @@ def test_anchors_pull_nowhere_while_the_model_is_the_base():
     loss = anchor_loss(own, head, hidden)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-5)
+    assert own.grad is not None
     assert own.grad.abs().max().item() < 1e-6
 
 
