@@ -329,7 +329,7 @@ def versions_promote(path: Path | None, overrides: tuple[str, ...], as_json: boo
 @configured
 @with_json
 def versions_rollback(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Make the version that was active before the present one active again."""
+    """Go back to the version that the active one was trained from, at last to the base."""
     from pipeline.registry_verbs import rollback
 
     _say_both(rollback(_Context(path, overrides).load()), as_json)

@@ -95,12 +95,16 @@ def promote(config: Config, name: str) -> tuple[Any, str]:
 
 
 def rollback(config: Config) -> tuple[Any, str]:
-    """Make the version active that was active before."""
+    """Go back to the version that the active one was trained from; again and again, down to the base.
+
+    Raises: VersionError if the base is active.
+    """
     folder = DataFolder.open(config.data_dir, create=False)
-    _, active = _read(folder)
-    if not active.version and not active.previous:
-        raise VersionError(0, "the base is active and nothing was before it", "there is nothing to roll back")
-    return _activate(config, folder, active.previous, "rollback")
+    rows, active = _read(folder)
+    row = next((row for row in rows if row.version == active.version), None)
+    if row is None:
+        raise VersionError(0, "the base model is active", "nothing is before it to roll back to")
+    return _activate(config, folder, row.parent, "rollback")
 
 
 def _activate(config: Config, folder: DataFolder, number: int, action: str) -> tuple[Any, str]:

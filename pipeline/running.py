@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from adapters.model_folder import MANIFEST, verify
 from pipeline.config import EMBEDDED_MODEL, Config
 from pipeline.progress import Progress, describe
 from pipeline.report import Report, build_report, write_report
@@ -46,10 +47,11 @@ class ReplayRecord(msgspec.Struct, frozen=True):
 def ensure_model(config: Config, progress: Progress) -> Path:
     """The prepared base model; the embedded one is prepared when it is missing.
 
-    Raises: BaseModelError.
+    Raises: BaseModelError if another one is missing or changed.
     """
     folder = model_folder(config)
-    if config.model.path != EMBEDDED_MODEL or (folder / "edgewater-model.json").exists():
+    if config.model.path != EMBEDDED_MODEL or (folder / MANIFEST).exists():
+        verify(folder, weights=False)  # the trainer hashes the weights too
         return folder
     from adapters.base_model import prepare
 
@@ -81,7 +83,7 @@ def run_gateway(
             flags += ["--max-events", str(max_events)] if max_events else []
             patient = not once
             ingest = Child("ingest", ["ingest", *arguments, *flags], stdin=has_stdin, patient=patient)
-            trainer = Child("trainer", ["train", *arguments, *lockstep], patient=patient)
+            trainer = Child("trainer", ["train", *arguments, *lockstep], patient=patient, ends=False)
             children = [ingest, trainer] if updates else [ingest]
             code = Supervisor(children, stop).run(lambda: ingest.done and (not updates or _decided(folder)))
         write_report(folder, build_report(folder))
@@ -142,7 +144,8 @@ def _feed(
     watcher = _Watcher(folder, record.lines, progress)
     flags = ["--replay", str(file), "--speed", str(speed), "--finite", *(["--lockstep"] if updates else [])]
     ingest = Child("ingest", ["ingest", *arguments, *flags], patient=False)
-    trainer = Child("trainer", ["train", *arguments, "--lockstep", "--reports"], watcher.told, patient=False)
+    train = ["train", *arguments, "--lockstep", "--reports"]
+    trainer = Child("trainer", train, watcher.told, patient=False, ends=False)
     supervisor = Supervisor([ingest, trainer] if updates else [ingest], stop)
     return supervisor.run(lambda: ingest.done and (not updates or _decided(folder)), watcher.look)
 

@@ -146,7 +146,7 @@ class VersionRow(msgspec.Struct, frozen=True):
 
 
 class ActivePointer(msgspec.Struct, frozen=True):
-    """Which version is active: 0 is the base. `previous` is what `versions rollback` goes back to."""
+    """Which version is active, and which was before: 0 is the base."""
 
     version: int = 0
     previous: int = 0
