@@ -27,7 +27,6 @@ class Progress:
         self._lock = threading.Lock()
         self._drawn = ""
         self._printed_at = 0.0
-        self._label = ""
 
     def show(self, label: str, done: float, detail: str = "") -> None:
         """Redraw the line.
@@ -40,10 +39,10 @@ class Progress:
         with self._lock:
             if self._terminal:
                 self._redraw(f"{label:<22} {_bar(done)} {detail}")
-            elif label != self._label or time.monotonic() - self._printed_at > PLAIN_EVERY_S:
+            elif not self._printed_at or time.monotonic() - self._printed_at > PLAIN_EVERY_S:
                 share = f" {100 * done:.0f} %" if done >= 0 else ""
                 print(f"{label}{share} {detail}".rstrip(), file=self._stream, flush=True)
-                self._printed_at, self._label = time.monotonic(), label
+                self._printed_at = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
