@@ -14,6 +14,7 @@ __all__ = ["Assembler", "BatchLimits"]
 
 POLL_S = 0.1  # a Bytewax source must not wait longer: stop and the clock are looked at between
 TICK_S = 1.0
+TICK_BEHIND_S = 1.0  # a connector stamps a line, then hands it over: no tick may overtake it
 
 
 class BatchLimits(msgspec.Struct, frozen=True):
@@ -56,22 +57,23 @@ class Assembler:
         self._lines = self._bytes = 0
         self._opened = 0.0
         self._ticked = monotonic()
+        self._urgent = False
 
     def poll(self, *, stopping: bool = False) -> Batch | None:
         """Wait up to 100 ms. Returns: a Batch that is ready, a tick once a second, or None."""
         wait = 0.0 if stopping else POLL_S
-        while (chunk := self._inbox.get(wait)) is not None:
+        while not self._full() and (chunk := self._inbox.get(wait)) is not None:
             self._take(chunk)
-            if self._full() or chunk.urgent:
-                return self._close()
             wait = 0.0  # whatever is there already joins at once
         now = self._monotonic()
-        ended = stopping or self._inbox.drained
-        if self._chunks and (ended or now - self._opened >= self._limits.flush_s):
-            return self._close()
         if now - self._ticked >= TICK_S:
+            # Before a Batch, also a full one: when they follow each other without a pause, a request
+            # would wait for ever.
             self._ticked = now
-            return Batch([], now=0.0 if self._finite else self._wall())
+            return Batch([], now=0.0 if self._finite else self._tick_time())
+        ended = stopping or self._inbox.drained
+        if self._chunks and (self._full() or ended or now - self._opened >= self._limits.flush_s):
+            return self._close()
         return None
 
     @property
@@ -79,19 +81,31 @@ class Assembler:
         """Whether no line is held back."""
         return not self._chunks
 
+    def _tick_time(self) -> float:
+        """Stream time of a tick: before every line that is not committed yet.
+
+        So a tick closes a window only where the next sample would, and a replay, which has no ticks,
+        finds the same edges.
+        """
+        waiting = [chunk.lines[0].origin.arrival for chunk in self._chunks if chunk.lines]
+        return min([self._wall(), *waiting]) - TICK_BEHIND_S
+
     def _take(self, chunk: Chunk) -> None:
         if not self._chunks:
             self._opened = self._monotonic()
         self._chunks.append(chunk)
+        self._urgent |= chunk.urgent
         self._lines += len(chunk.lines)
         self._bytes += sum(len(line.data) for line in chunk.lines)
 
     def _full(self) -> bool:
-        return self._lines >= self._limits.lines or self._bytes >= self._limits.data_bytes
+        over = self._lines >= self._limits.lines or self._bytes >= self._limits.data_bytes
+        return over or self._urgent
 
     def _close(self) -> Batch:
         chunks, self._chunks = self._chunks, []
         self._lines = self._bytes = 0
+        self._urgent = False
         lines: list[Line] = []
         positions: dict[str, bytes] = {}
         receipts: list[tuple[object, object]] = []

@@ -32,8 +32,11 @@ class _Partition(StatelessSourcePartition[Batch]):
         self._left = limit
 
     def next_batch(self) -> list[Batch]:
-        stopping = self._stopping() or self._left <= 0
-        over = stopping or self._inbox.drained or self._inbox.fault is not None
+        if self._left <= 0:
+            raise StopIteration  # what waits was not committed: it is read again
+        over = self._stopping() or self._inbox.drained or self._inbox.fault is not None
+        if over:
+            self._inbox.closed.set()  # else a connector that outruns the commits would keep us here
         batch = self._assembler.poll(stopping=over)
         if batch is None:
             if over and self._assembler.empty:

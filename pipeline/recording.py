@@ -48,7 +48,11 @@ def record_sources(
             stack.callback(connector.stop)
         stack.callback(inbox.closed.set)
         while True:
-            over = stop.is_set() or inbox.drained or bool(max_events and writer.lines >= max_events)
+            if max_events and writer.lines >= max_events:
+                break
+            over = stop.is_set() or inbox.drained or inbox.fault is not None
+            if over:
+                inbox.closed.set()
             batch = assembler.poll(stopping=over)
             if batch is not None:
                 writer.write(batch.lines)
