@@ -35,7 +35,7 @@ from storage.ring import Ring
 from storage.wake import wake
 from storage.windows import ClosedWindow, RingState
 
-__all__ = ["SHARD", "IngestOptions", "connectors_of", "ingest"]
+__all__ = ["SHARD", "IngestOptions", "build_steps", "connectors_of", "ingest"]
 
 T = TypeVar("T")
 SHARD = "main"
@@ -124,7 +124,7 @@ def _run(
     limits = BatchLimits(flush_s=config.ring.flush_ms / 1_000)
     commit = CommitStep(ring, _trigger(config), registry.requests, decided, float(config.ring.max_age))
     faults: list[BaseException] = []
-    steps = _steps(config, ring, tokenizer, recorder)
+    steps = build_steps(config, ring, tokenizer, recorder)
     flow = build_flow(
         inbox=inbox,
         assembler=Assembler(inbox, limits, finite=options.finite),
@@ -151,9 +151,10 @@ def _run(
         raise inbox.fault
 
 
-def _steps(
-    config: Config, ring: Ring, tokenizer: BatchTokenizer, recorder: CaptureWriter | None
+def build_steps(
+    config: Config, ring: Ring, tokenizer: BatchTokenizer, recorder: CaptureWriter | None = None
 ) -> dict[str, Step]:
+    """Build the steps before the commit, by name in their order, with what the ring remembers for them."""
     rules = SourceRules(config)
     horizon = config.dedup.horizon_events
     started = time.monotonic()
