@@ -69,8 +69,8 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
         return cls(origin.arrival, origin.source, origin.input, line.offset, raw, raw64, origin.began)
 
     def line(self) -> Line:
-        """The line as it was received."""
-        data = base64.b64decode(self.raw64) if self.raw64 is not None else (self.raw or "").encode()
+        """The line as it was received. Raises: ValueError if `raw64` is damaged."""
+        data = base64.b64decode(self.raw64, validate=True) if self.raw64 is not None else (self.raw or "").encode()
         return Line(data, self.offset, Origin(self.source, self.input, self.at, began=self.began))
 
 
