@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterable
@@ -104,6 +105,10 @@ def _learning_metrics(registry: Registry) -> Iterable[Metric]:
         yield bits
 
 
+class _IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 class HealthServer:
     """Answers GET on a loopback address; read-only.
 
@@ -114,7 +119,8 @@ class HealthServer:
 
     def __init__(self, listen: str, metrics: IngestMetrics) -> None:
         host, _, port = listen.rpartition(":")
-        self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), _handler(metrics))
+        address = (host.strip("[]"), int(port))
+        self._server = (_IPv6Server if ":" in address[0] else ThreadingHTTPServer)(address, _handler(metrics))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
 

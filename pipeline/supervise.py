@@ -1,7 +1,7 @@
 """Start the processes of one gateway, restart what dies, stop all of it cleanly.
 
 child ends with     then
-0                   it is done (its sources are drained); not restarted
+0                   it is done (its sources are drained); restarted if it has no end of its own
 2, 3                wrong configuration, or refused for safety: everything stops with that code
 anything else       restarted after 0.5 s, doubling to 60 s; a minute of life resets the wait
 stop asked          SIGTERM, and SIGKILL to what still lives after 18 s
@@ -37,6 +37,7 @@ class Child:
         reports: Called with each JSON line that it prints on stdout; None leaves stdout alone.
         stdin: Whether it inherits standard input.
         patient: Restart it for ever (a daemon); else give up on an error that keeps coming back.
+        ends: Whether exit code 0 means that it is done; the trainer ends only when it is asked to.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Child:
         *,
         stdin: bool = False,
         patient: bool = True,
+        ends: bool = True,
     ) -> None:
         self.name = name
         self.done = False
@@ -55,6 +57,7 @@ class Child:
         self._reports = reports
         self._stdin = stdin
         self._patient = patient
+        self._ends = ends
         self._errors = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
@@ -81,7 +84,7 @@ class Child:
         if code is None:
             return None
         self._process = None
-        if code == 0:
+        if code == 0 and self._ends:
             self.done = True
             return None
         if code in (2, 3):
@@ -117,10 +120,10 @@ class Child:
 
     def _start(self, now: float) -> None:
         self._started = now
-        stdin = None if self._stdin and not self.restarts else subprocess.DEVNULL
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *self._arguments],
-            stdin=stdin,
+            # Also after a restart: what the dead process had not read yet is still in the pipe.
+            stdin=None if self._stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._reports else sys.stderr,
             # A terminal's Ctrl-C goes to the supervisor alone, which stops everything in order.
             start_new_session=True,
@@ -136,7 +139,8 @@ class Child:
                 report = json.loads(line)
             except ValueError:
                 continue
-            self._reports(report)
+            if isinstance(report, dict):
+                self._reports(report)
 
 
 class Supervisor:
