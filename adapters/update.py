@@ -46,6 +46,14 @@ RESULT_FILE = "result.json"
 STOPPED = 75
 """Exit code after SIGTERM (EX_TEMPFAIL): nothing is wrong, the same command goes on."""
 _NICENESS = 10
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Read when torch's OpenMP loads. By default its threads spin at barriers; a nice process beside any other
+    # load then spins through whole time slices for a thread that does not run: 10 s a step instead of 1.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 class PastWindow(msgspec.Struct, frozen=True):
@@ -200,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     if done is not None and done.window == task.window:
         tell(phase="done", decision=done.decision)
         return 0
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(_ENVIRONMENT)
     stop = StopSignal()
     stop.install()
     _leave_with_parent()
