@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,11 +18,19 @@ from pipeline.commit import Committed
 from storage.registry import Registry
 from storage.ring import Ring
 
-__all__ = ["HealthServer", "IngestMetrics"]
+__all__ = ["HealthServer", "IngestMetrics", "our_version"]
 
 STALLED_S = 30.0  # the flow ticks once a second: silent for so long, it hangs
 _COMMIT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 log = logging.getLogger("edgewater.health")
+
+
+def our_version() -> str:
+    """The installed version, "unknown" where a checkout runs without being installed."""
+    try:
+        return version("edgewater")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 class IngestMetrics:
@@ -148,7 +156,7 @@ def _handler(metrics: IngestMetrics) -> type[BaseHTTPRequestHandler]:
                 case "/readyz":
                     self._answer(200 if metrics.ready else 503, "ok\n" if metrics.ready else "starting\n")
                 case "/version":
-                    self._answer(200, version("edgewater") + "\n")
+                    self._answer(200, our_version() + "\n")
                 case "/metrics":
                     self._answer(200, generate_latest(metrics.registry).decode(), "text/plain; version=0.0.4")
                 case _:
