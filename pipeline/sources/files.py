@@ -160,9 +160,9 @@ class FilesConnector:
         if not rotated and not tail.deleted():
             tail.waiting, tail.leaving = True, False
             return False
-        if rotated and not self._finite and not tail.leaving:
+        if not self._finite and not tail.leaving:
             # Once more: its last lines may have come between our last read and this look.
-            tail.leaving = _size(tail.path) > 0
+            tail.leaving = not rotated or _size(tail.path) > 0
             return tail.leaving
         self._send(tail, tail.splitter.finish())
         self._forget(tail, durably=not rotated)

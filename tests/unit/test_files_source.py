@@ -255,11 +255,10 @@ def test_a_deleted_file_is_read_to_its_end_and_forgotten(log: Path) -> None:
     connector = FilesConnector("site", str(log))
     with reading(connector) as reader:
         reader.until_lines(1)
-        writer = log.open("ab", buffering=0)
-        writer.write(b'{"line":2}\n')
-        log.unlink()
-        assert reader.until_lines(2) == numbered(1, 2)
-        writer.close()
+        with log.open("ab", buffering=0) as writer:
+            writer.write(b'{"line":2}\n')
+            log.unlink()
+            assert reader.until_lines(2) == numbered(1, 2)
         reader.until(lambda: not reader.positions)
         reader.until(lambda: not connector._tails)
         append(log, numbered(3, 3))
