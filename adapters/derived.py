@@ -46,7 +46,7 @@ class DerivedCache:
             tensors = load(data)
             return Activations(rows, [tensors[str(i)] for i in range(len(rows))])
         fresh = compute(rows)
-        self._write(path, save({str(i): fresh.batch([i])[0] for i in range(len(rows))}))
+        self._write(path, save({str(i): fresh.row(i) for i in range(len(rows))}))
         return fresh
 
     def scores(self, rows: Sequence[Row], adapter: str, compute: Callable[[], list[Score]]) -> list[Score]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from adapters.batches import Row
 
-__all__ = ["Activations", "SplitModel", "UnsupportedModelError", "row_batches"]
+__all__ = ["Activations", "SplitModel", "UnsupportedModelError", "pad_hidden", "row_batches"]
 
 _PROBE = 24  # tokens
+_ROUND_TOKENS = 32
 _PROBE_TOLERANCE = 0.05  # of the logits' spread; bf16 differs by 1 % between batch shapes
 
 
@@ -48,9 +49,20 @@ def row_batches(rows: Sequence[Row], max_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def _rounded(tokens: int) -> int:
+    """Padded length: few lengths make few shapes, and a new shape costs time and memory (NOTES.md)."""
+    return -(-tokens // _ROUND_TOKENS) * _ROUND_TOKENS
+
+
+def pad_hidden(hidden: Sequence[Tensor]) -> Tensor:
+    """Stack activations (T_i, D) of rows as (B, T, D), zero-padded on the right."""
+    padded = nn.utils.rnn.pad_sequence(list(hidden), batch_first=True)
+    return nn.functional.pad(padded, (0, 0, 0, _rounded(padded.shape[1]) - padded.shape[1]))
+
+
 def pad_ids(rows: Sequence[Row]) -> Tensor:
     """Token ids of rows, (B, T) int64, padded with 0 on the right, where causal attention never looks."""
-    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int64)
+    ids = torch.zeros(len(rows), _rounded(max(len(row) for row in rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row.ids)
     return ids
@@ -144,8 +156,12 @@ class Activations:
         return cls(rows, hidden)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Activations of some rows, (B, T, D), zero-padded on the right to the longest."""
-        return nn.utils.rnn.pad_sequence([self._hidden[i] for i in indices], batch_first=True)
+        """Activations of some rows, (B, T, D), zero-padded on the right."""
+        return pad_hidden([self._hidden[i] for i in indices])
+
+    def row(self, index: int) -> Tensor:
+        """Activations of one row, (T, D), not padded."""
+        return self._hidden[index]
 
     def part(self, indices: Sequence[int]) -> Activations:
         """Some of the rows, sharing their memory."""

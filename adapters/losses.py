@@ -15,7 +15,28 @@ from torch import Tensor
 __all__ = ["anchor_loss", "distill", "next_token_loss", "token_nll"]
 
 CHUNK_TOKENS = 256
+_ROUND = 64
+"""Chunks are rounded up to this: a product of a shape not seen before costs half as much again (NOTES.md)."""
 _TINY = 1e-30
+
+
+class _Chunk:
+    """Room for one chunk's logits: pages fresh from the system cost as much as the product itself."""
+
+    def __init__(self, head: Tensor) -> None:
+        self.head = head
+        self.raw = torch.empty(CHUNK_TOKENS, head.shape[0], dtype=head.dtype)
+        self._hidden = torch.zeros(CHUNK_TOKENS, head.shape[1], dtype=head.dtype)
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, int]:
+        """Logits of at most CHUNK_TOKENS positions, rounded up, and how many of them are real.
+
+        Valid until the next call.
+        """
+        n = len(hidden)
+        rounded = min(CHUNK_TOKENS, -(-n // _ROUND) * _ROUND)
+        self._hidden[:n] = hidden
+        return torch.mm(self._hidden[:rounded], self.head.t(), out=self.raw[:rounded]), n
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -25,15 +46,14 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, kind: Any) -> Tensor:
         grad = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float64)
-        logits = torch.empty(CHUNK_TOKENS, head.shape[0], dtype=head.dtype)
-        probabilities = torch.empty_like(logits)
+        chunk = _Chunk(head)
+        probabilities = torch.empty_like(chunk.raw)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            n = len(hidden[part])
-            torch.mm(hidden[part], head.t(), out=logits[:n])
-            p = torch.softmax(logits[:n], dim=-1, out=probabilities[:n])  # (C, V)
-            total += kind(p, part)
-            torch.mm(p, head, out=grad[part])
+            logits, n = chunk.logits(hidden[part])
+            p = torch.softmax(logits, dim=-1, out=probabilities[: len(logits)])  # (C, V)
+            total += kind(p[:n], part)
+            grad[part] = (p @ head)[:n]
         ctx.save_for_backward(grad)
         return total.float()
 
@@ -72,8 +92,11 @@ def anchor_loss(hidden: Tensor, head: Tensor, base_hidden: Tensor) -> Tensor:
     Source: dKL(q || p)/dlogits = p - q.
     """
 
+    chunk = _Chunk(head)
+
     def grade(p: Tensor, part: slice) -> Tensor:
-        q = torch.softmax(base_hidden[part] @ head.t(), dim=-1)  # (C, V)
+        logits, n = chunk.logits(base_hidden[part])
+        q = torch.softmax(logits[:n], dim=-1)  # (C, V)
         ratio = (q.float() + _TINY).log_().sub_((p.float() + _TINY).log_())
         p.sub_(q)
         return ratio.mul_(q).sum(dtype=torch.float64)
@@ -84,19 +107,6 @@ def anchor_loss(hidden: Tensor, head: Tensor, base_hidden: Tensor) -> Tensor:
 def _apply(hidden: Tensor, head: Tensor, kind: Any) -> Tensor:
     loss: Tensor = _HeadLoss.apply(hidden, head, kind)  # type: ignore[no-untyped-call]  # torch's is untyped
     return loss
-
-
-class _Buffers:
-    """Room for one chunk's logits: pages fresh from the system cost as much as the product itself."""
-
-    def __init__(self, head: Tensor) -> None:
-        shape = (CHUNK_TOKENS, head.shape[0])
-        self.raw, self.wide = torch.empty(shape, dtype=head.dtype), torch.empty(shape)
-
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """float32 logits of at most CHUNK_TOKENS positions; valid until the next call."""
-        raw = torch.mm(hidden, head.t(), out=self.raw[: len(hidden)])
-        return self.wide[: len(hidden)].copy_(raw)
 
 
 @torch.no_grad()
@@ -110,10 +120,12 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Te
     Returns: Negative log-likelihood, (T,) float32, nats; and a (T,) bool tensor.
     """
     losses, hits = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.bool)
-    buffers = _Buffers(head)
+    chunk = _Chunk(head)
+    wide = torch.empty(chunk.raw.shape)
     for start in range(0, hidden.shape[0], CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
-        logits = buffers.logits(hidden[part], head)
+        raw, n = chunk.logits(hidden[part])
+        logits = wide[:n].copy_(raw[:n])
         chosen = logits.gather(1, targets[part, None])
         top = logits.amax(dim=1, keepdim=True)
         hits[part] = (chosen >= top).squeeze(1)
@@ -130,10 +142,11 @@ def distill(hidden: Tensor, base_hidden: Tensor, head: Tensor) -> float:
         hidden, base_hidden: Normed hidden states under the version and under the base, (T, D).
         head: (V, D).
     """
-    total = 0.0
-    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        own = torch.log_softmax((hidden[part] @ head.t()).float(), dim=-1)
-        base = torch.log_softmax((base_hidden[part] @ head.t()).float(), dim=-1)
+    total, chunk = 0.0, _Chunk(head)
+    for start in range(0, hidden.shape[0], _ROUND):  # four T x V tensors at once: few positions at a time
+        part = slice(start, start + _ROUND)
+        n = len(hidden[part])
+        own = torch.log_softmax(chunk.logits(hidden[part])[0][:n].float(), dim=-1)
+        base = torch.log_softmax(chunk.logits(base_hidden[part])[0][:n].float(), dim=-1)
         total += float((base.exp() * (base - own)).sum(dtype=torch.float64))
     return total

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.batches import TRAINED, Row, RowRef
-from adapters.frozen import Activations, SplitModel, row_batches
+from adapters.frozen import Activations, SplitModel, pad_hidden, row_batches
 from adapters.lora import enable
 from adapters.losses import anchor_loss, next_token_loss
 from adapters.recipe import Recipe
@@ -135,6 +135,4 @@ def _base_hidden(split: SplitModel, data: TrainingRows, refs: list[RowRef]) -> T
 
 
 def _padded(data: TrainingRows, refs: list[RowRef]) -> Tensor:
-    return nn.utils.rnn.pad_sequence(
-        [data.rows[ref.kind].batch([ref.row])[0] for ref in refs], batch_first=True
-    )
+    return pad_hidden([data.rows[ref.kind].row(ref.row) for ref in refs])
