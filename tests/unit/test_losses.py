@@ -11,8 +11,9 @@ from adapters.losses import anchor_loss, distill, next_token_loss, token_nll
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one partly filled."""
+    """Several chunks, the last one partly filled; values over every position."""
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(losses, "VALUE_STRIDE", 1)
 
 
 def tensors(
