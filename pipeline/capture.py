@@ -70,7 +70,9 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def line(self) -> Line:
         """The line as it was received. Raises: ValueError if `raw64` is damaged."""
-        data = base64.b64decode(self.raw64, validate=True) if self.raw64 is not None else (self.raw or "").encode()
+        data = (self.raw or "").encode()
+        if self.raw64 is not None:
+            data = base64.b64decode(self.raw64, validate=True)
         return Line(data, self.offset, Origin(self.source, self.input, self.at, began=self.began))
 
 

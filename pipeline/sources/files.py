@@ -30,11 +30,21 @@ import msgspec
 
 from pipeline.events import Line, Origin
 from pipeline.sources.inbox import Chunk, Inbox
-from pipeline.sources.tail import FilePosition, Identity, Tail, has_content_of, identity_of, names, str_of
+from pipeline.sources.tail import (
+    FilePosition,
+    Identity,
+    Tail,
+    has_content_of,
+    identity_of,
+    names,
+    open_regular,
+    str_of,
+)
 
 __all__ = ["FilePosition", "FilesConnector"]
 
 POLL_S = 0.25
+PIECES = 32  # of a file in a row, 1 MiB: between them the names of all files are looked at
 MAX_OPEN = 200  # files at a time; beyond it those that wait are closed until they grow
 MAX_NAME_BYTES = 400  # an LMDB key has 511
 log = logging.getLogger("edgewater.files")
@@ -58,6 +68,7 @@ class FilesConnector:
         self._timed = timed
         self._stop = threading.Event()
         self._here: dict[Identity, str] = {}  # files that match, and where
+        self._settled = False  # whether the look before saw the same: else a rotation may be under way
         self._tails: dict[Identity, Tail] = {}  # files that are open
         self._rows: dict[str, FilePosition] = {}  # by input, as the ring holds them or soon will
         self._done: dict[Identity, int] = {}  # files left alone, until their size is another
@@ -101,39 +112,42 @@ class FilesConnector:
             self._inbox.ended(self, fault)
 
     def _sweep(self) -> bool:
-        """Read a piece of every file. Returns: whether anything was read, opened or closed."""
+        """Read some of every file. Returns: whether anything was read, opened or closed."""
         self._look()
-        moved = False
+        moved = not self._settled
         for identity, tail in list(self._tails.items()):
-            if self._tails.get(identity) is tail and not self._stop.is_set():
-                moved |= self._advance(tail)
-        for identity, path in self._here.items():
+            for _ in range(PIECES):
+                if self._stop.is_set() or self._tails.get(identity) is not tail or not self._advance(tail):
+                    break
+                moved = True
+        for identity, path in self._here.items() if self._settled else ():
             if identity not in self._tails and not self._stop.is_set():
                 moved |= self._begin(path, identity)
         return moved
 
     def _look(self) -> None:
         """See which files match, and let those that were renamed go on under their new names."""
-        found = sorted(glob.glob(self._pattern, recursive=True))  # noqa: PTH207 - absolute patterns
-        self._here = {}
-        for path in found:
+        here: dict[Identity, str] = {}
+        for path in sorted(glob.glob(self._pattern, recursive=True)):  # noqa: PTH207 - absolute patterns
             if (identity := identity_of(path)) is not None:
-                self._here.setdefault(identity, path)
+                here.setdefault(identity, path)
+        self._settled, self._here = here == self._here, here
+        if not self._settled:
+            return
         self._done = {identity: size for identity, size in self._done.items() if identity in self._here}
         strange = {i: path for i, path in self._here.items() if self._row_of(self._input(path)) != i}
-        if strange and self._rows:
+        if strange:
             self._follow_renamed(strange)
 
     def _follow_renamed(self, strange: Mapping[Identity, str]) -> None:
         newest = {row.identity: row for row in sorted(self._rows.values(), key=lambda row: row.offset)}
         renamed: dict[str, FilePosition] = {}
         for identity, path in strange.items():
-            row = newest.get(identity)
-            if row is None or not has_content_of(path, row):
-                continue
-            renamed[self._input(path)] = row
-            if identity in self._tails:
-                self._tails[identity].path = path
+            row, tail = newest.get(identity), self._tails.get(identity)
+            if tail is not None:
+                tail.path = path
+            if row is not None and (tail is not None or names(row, path)):
+                renamed[self._input(path)] = row
         if renamed:  # in one commit: a row of theirs may be where another must go
             self._move(renamed)
 
@@ -160,6 +174,8 @@ class FilesConnector:
         if not rotated and not tail.deleted():
             tail.waiting, tail.leaving = True, False
             return False
+        if rotated and (not self._settled or tail.identity in self._here):
+            return True  # the next look knows its new name
         if not self._finite and not tail.leaving:
             # Once more: its last lines may have come between our last read and this look.
             tail.leaving = not rotated or _size(tail.path) > 0
@@ -207,7 +223,9 @@ class FilesConnector:
             return False
         row = self._rows.get(self._input(path))
         if row is None or names(row, path):
-            return self._open(path, path, row)
+            return self._open(path, path, row, identity)
+        if not self._readable(path):
+            return False  # and so it is not known what it holds
         # What was followed under this name before is another file, or other content: that comes first.
         before = self._tails.get(row.identity)
         if any(tail.path == path for tail in self._tails.values()) or (before and not before.waiting):
@@ -220,28 +238,27 @@ class FilesConnector:
             renamed = next((place for place in places if names(row, place)), None)
             copies = (place for place in (path, *places) if row.offset and has_content_of(place, row))
             if rest := renamed or next(copies, None):
-                return self._open(path, rest, row)
+                return self._open(path, rest, row, row.identity if renamed else None)
             log.warning("%s: the file read so far is gone; reading the present one from its start", path)
         del self._rows[self._input(path)]
-        return self._open(path, path, None)
+        return self._open(path, path, None, identity)
 
-    def _open(self, path: str, target: str, known: FilePosition | None) -> bool:
+    def _open(
+        self, path: str, target: str, known: FilePosition | None, expected: Identity | None = None
+    ) -> bool:
         """Open a file to be followed under a path; say it once if that cannot be."""
         if len(self._tails) >= MAX_OPEN:
             idle = next((tail for tail in self._tails.values() if tail.waiting), None)
             if idle is None:
                 return False
-            self._done[idle.identity] = _size(idle.path)
+            self._done[idle.identity] = idle.reached  # not its size now: it may just have grown
             self._close(idle)
         try:
             tail = Tail(target, known, finite=self._finite)
         except OSError as error:
-            if self._complaints.get(target) != str(error):
-                self._complaints[target] = str(error)
-                log.warning("%s cannot be read: %s", target, error)
-            return False
-        if tail.identity in self._tails:  # it changed its name between two looks
-            tail.close()
+            return self._complain(target, error)
+        if tail.identity in self._tails or expected not in (tail.identity, None):
+            tail.close()  # names changed since the look
             return False
         tail.path = path
         self._tails[tail.identity] = tail
@@ -249,6 +266,19 @@ class FilesConnector:
             device, inode = tail.identity
             self._rows[self._input(path)] = msgspec.structs.replace(known, device=device, inode=inode)
         return True
+
+    def _readable(self, path: str) -> bool:
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            return self._complain(path, error)
+        return True
+
+    def _complain(self, path: str, error: OSError) -> bool:
+        if not isinstance(error, FileNotFoundError) and self._complaints.get(path) != str(error):
+            self._complaints[path] = str(error)
+            log.warning("%s cannot be read: %s", path, error)
+        return False
 
     # -- handing over -------------------------------------------------------------------------------
 

@@ -16,7 +16,16 @@ import zstandard
 
 from pipeline.sources.lines import MAGIC_BYTES, READ_BYTES, LineSplitter, open_stream
 
-__all__ = ["FilePosition", "Identity", "Tail", "has_content_of", "identity_of", "names"]
+__all__ = [
+    "FilePosition",
+    "Identity",
+    "Tail",
+    "has_content_of",
+    "identity_of",
+    "names",
+    "open_regular",
+    "str_of",
+]
 
 HEAD_BYTES = 4_096
 Identity = tuple[int, int]  # device, inode
@@ -68,13 +77,8 @@ class Tail:
     def __init__(self, target: str, known: FilePosition | None, *, finite: bool) -> None:
         self.path = target
         self._finite = finite
-        # Not blocking: to open a pipe would wait for its writer.
-        fd = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(fd)
-            raise OSError("is no regular file")
-        self._raw = io.FileIO(fd)
+        self._raw = open_regular(target)
+        info = os.fstat(self._raw.fileno())
         self.identity: Identity = (info.st_dev, info.st_ino)
         self.size = info.st_size
         offset = known.offset if known else 0
@@ -107,6 +111,11 @@ class Tail:
         fd = self._raw.fileno()
         shorter = os.fstat(fd).st_size < self._stream.tell()
         return shorter or os.pread(fd, len(self._head), 0) != self._head
+
+    @property
+    def reached(self) -> int:
+        """How many bytes of the file are read."""
+        return 0 if self._stream is None else self.size if self.packed else self._stream.tell()
 
     def deleted(self) -> bool:
         """Whether no name leads to the file any more."""
@@ -153,24 +162,40 @@ def identity_of(path: str | Path) -> Identity | None:
 
 def names(known: FilePosition, path: str | Path) -> bool:
     """Whether a position is one in the file that a path leads to."""
-    return identity_of(path) == known.identity and has_content_of(path, known)
+    return _identity_with(path, known) == known.identity
 
 
 def has_content_of(path: str | Path, known: FilePosition) -> bool:
     """Whether a file begins as the one that a position names, and reaches to the position."""
+    return _identity_with(path, known) is not None
+
+
+def _identity_with(path: str | Path, known: FilePosition) -> Identity | None:
+    """Which file a path leads to, if it has the content of a position: of one open file, not of two looks."""
     try:
-        with open_stream(Path(path)) as stream:
+        with open_regular(path) as raw, open_stream(raw) as stream:
+            info = os.fstat(raw.fileno())
             if _hash(stream.read(known.head_bytes)) != known.head:
-                return False
+                return None
             packed = isinstance(stream, zstandard.ZstdDecompressionReader)
-            return packed or stream.seek(0, os.SEEK_END) >= known.offset
+            return (info.st_dev, info.st_ino) if packed or info.st_size >= known.offset else None
     except (OSError, zstandard.ZstdError):
-        return False
+        return None
 
 
 def str_of(path: str | Path) -> str:
     """A path as text that can be encoded, whatever bytes it holds."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def open_regular(path: str | Path) -> io.FileIO:
+    """Open a file for reading. Raises: OSError, also if it is a folder, a pipe or a device."""
+    # Not blocking: to open a pipe would wait for its writer.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError("is no regular file")
+    return io.FileIO(fd)
 
 
 def _hash(head: bytes) -> bytes:

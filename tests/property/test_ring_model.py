@@ -196,4 +196,4 @@ class RingModel(RuleBasedStateMachine):
 
 
 TestRingModel = RingModel.TestCase
-TestRingModel.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
+TestRingModel.settings = settings(max_examples=12, stateful_step_count=40, deadline=None)

@@ -193,6 +193,17 @@ def test_a_rotated_file_that_still_matches_is_not_read_again(tmp_path: Path, log
         assert again.to_end() == []
 
 
+def test_a_file_renamed_before_its_first_line_was_whole_is_followed(tmp_path: Path, log: Path) -> None:
+    with follow(f"{tmp_path}/app.log*") as reader:
+        append(log, [b'{"line":'], b"")
+        reader.settle(0.1)
+        log.rename(tmp_path / "app.log.1")
+        append(log, numbered(2, 2))
+        assert reader.until_lines(1) == numbered(2, 2)
+        append(tmp_path / "app.log.1", [b"1}"])
+        assert reader.until_lines(2)[1:] == numbered(1, 1)
+
+
 def test_a_truncated_file_is_read_from_its_start(log: Path) -> None:
     append(log, numbered(1, 3))
     with follow(log) as reader:
