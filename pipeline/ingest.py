@@ -96,7 +96,7 @@ def ingest(
     with contextlib.closing(ring), contextlib.closing(registry), _capturing(config, options) as recorder:
         decided = partial(_announce, folder)
         if options.lockstep:
-            decided = partial(_await_decisions, folder, registry, stop)
+            decided = partial(_await_decisions, folder, registry, stop, metrics)
             decided(ring.windows(after=registry.cursor(SHARD)))
         if metrics:
             metrics.attach(ring, registry)
@@ -218,7 +218,11 @@ def _announce(folder: DataFolder, closed: list[ClosedWindow]) -> None:
 
 
 def _await_decisions(
-    folder: DataFolder, registry: Registry, stop: threading.Event, closed: list[ClosedWindow]
+    folder: DataFolder,
+    registry: Registry,
+    stop: threading.Event,
+    metrics: IngestMetrics | None,
+    closed: list[ClosedWindow],
 ) -> None:
     """Lockstep: hold the stream at a window's close until the trainer decided it."""
     if not closed:
@@ -228,4 +232,6 @@ def _await_decisions(
     while not stop.is_set():
         if seen != (seen := registry.last_transaction()) and registry.cursor(SHARD) >= closed[-1].window:
             return
+        if metrics:
+            metrics.beat = time.monotonic()  # it waits as it should: an update takes minutes
         time.sleep(LOCKSTEP_POLL_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["Waker", "wake"]
@@ -14,7 +15,8 @@ def wake(run_folder: Path) -> None:
     """Tell whoever waits on this data folder to look now; nobody waiting is no error."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
         sock.setblocking(False)
-        sock.sendto(b"1", _address(run_folder))
+        with _address(run_folder) as address:
+            sock.sendto(b"1", address)
 
 
 class Waker:
@@ -24,7 +26,8 @@ class Waker:
         path = run_folder / "wake.sock"
         path.unlink(missing_ok=True)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._sock.bind(_address(run_folder))
+        with _address(run_folder) as address:
+            self._sock.bind(address)
 
     def wait(self, timeout_s: float) -> None:
         """Return on a datagram or after the timeout, whichever is first."""
@@ -41,8 +44,11 @@ class Waker:
         self._sock.close()
 
 
-def _address(run_folder: Path) -> str:
+@contextlib.contextmanager
+def _address(run_folder: Path) -> Iterator[str]:
     """A path short enough for a socket address (108 bytes), however deep the data folder lies."""
-    path = run_folder / "wake.sock"
-    relative = os.path.relpath(path)
-    return min(str(path), relative, key=len)
+    fd = os.open(run_folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/wake.sock"
+    finally:
+        os.close(fd)
