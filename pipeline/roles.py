@@ -185,5 +185,6 @@ def _leave_with(supervisor: int, stop: threading.Event) -> None:
     while os.getppid() == supervisor:
         if stop.wait(0.5):
             return
-    print("the supervisor is gone: stopping", file=sys.stderr)
     stop.set()
+    with contextlib.suppress(OSError):  # its end of our standard error may be gone with it
+        print("the supervisor is gone: stopping", file=sys.stderr)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +158,7 @@ class _Watcher:
     def __init__(self, folder: DataFolder, lines: int, progress: Progress) -> None:
         self._folder, self._lines, self._progress = folder, lines, progress
         self._training: dict[str, Any] = {}
-        self._seen = (-1, -1)
+        self._seen, self._again = (-1, -1), math.inf
         self._decided = {window.window for window in build_report(folder).windows if window.reason}
 
     def told(self, report: dict[str, Any]) -> None:
@@ -168,9 +170,14 @@ class _Watcher:
     def look(self) -> None:
         """Show how far the stream is, when something changed."""
         marks = (_transaction(self._folder.ring / SHARD), _transaction(self._folder.registry))
-        if marks == self._seen:
+        now = time.monotonic()
+        if marks != self._seen:
+            self._seen, self._again = marks, now + 1.0
+        elif now < self._again:
             return
-        self._seen = marks
+        else:
+            # Once more after a change: a commit shows in the file before readers get what it holds.
+            self._again = math.inf
         report = build_report(self._folder)
         for window in report.windows:
             final = window.decision in ("promoted", "rejected", "quarantined", "skipped", "expired")

@@ -211,7 +211,9 @@ class Registry:
 
     def last_transaction(self) -> int:
         """Number of the newest transaction; unchanged means that nothing happened."""
-        return int(self._env.info()["last_txnid"])
+        # Of a snapshot: the number in info() is of a commit that readers may not see yet.
+        with self._env.begin() as txn:
+            return int(txn.id())
 
     @contextmanager
     def write(self) -> Iterator[RegistryWriter]:

@@ -234,7 +234,9 @@ class Ring:
 
     def last_transaction(self) -> int:
         """Number of the newest transaction; it changes whenever anything did."""
-        return int(self._env.info()["last_txnid"])
+        # Of a snapshot: the number in info() is of a commit that readers may not see yet.
+        with self._reading() as txn:
+            return int(txn.id())
 
     def read_state(self) -> RingState:
         """The state as last committed by whichever process writes."""

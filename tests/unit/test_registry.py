@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,23 @@ def test_what_is_no_registry_or_too_new_is_refused(tmp_path: Path) -> None:
     create_environment(tmp_path / "new", 1 << 20, {b"H": msgspec.msgpack.encode({"format": 2})})
     with pytest.raises(FormatTooNewError, match="upgrade"):
         Registry.open_or_create(tmp_path / "new")
+
+
+def test_whoever_saw_a_transaction_sees_what_it_wrote(registry: Registry) -> None:
+    """Waiters look only when the number changed; one ahead of the rows would make them wait for ever.
+
+    LMDB shows a commit's meta page before its readers get it."""
+    code = (
+        "import sys; from pathlib import Path; from storage.registry import Registry\n"
+        "registry = Registry.open_or_create(Path(sys.argv[1]))\n"
+        "for _ in range(400):\n"
+        "    with registry.write() as writer: writer.add_request()\n"
+    )
+    start = registry.last_transaction()
+    writer = subprocess.Popen([sys.executable, "-c", code, str(registry.folder)])
+    ahead = 0
+    while writer.poll() is None:
+        number = registry.last_transaction() - start
+        ahead += number > registry.requests()
+    assert writer.returncode == 0
+    assert (ahead, registry.last_transaction() - start) == (0, 400)
