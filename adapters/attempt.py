@@ -57,7 +57,7 @@ def run_update(task: UpdateTask, stop: StopSignal, started: float) -> UpdateResu
     set_up_torch(task.threads)
     memory, phases = PeakMemory(), _Phases(started)
     make_private_folder(Path(task.out_dir))
-    bench = open_bench(task)
+    bench = open_bench(task, lambda: tell(phase=phases.name))
     phases.enter("score")
     work = _Work(task, bench)
     base = bench.losses(work.window, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class Bench:
 
     Attributes:
         parent: The parent's weights; None is the base.
+        beat: Called after each batch of a long forward sweep.
     """
 
     manifest: ModelManifest
@@ -54,6 +55,7 @@ class Bench:
     anchors: Anchors
     cache: DerivedCache
     parent: LoraState | None
+    beat: Callable[[], None]
 
     def use(self, state: LoraState | None) -> None:
         """Put an adapter into the slot; None is the base."""
@@ -63,7 +65,7 @@ class Bench:
 
     def activate(self, rows: Sequence[Row]) -> Activations:
         """Run the lower blocks over rows."""
-        return Activations.compute(self.split, rows)
+        return Activations.compute(self.split, rows, beat=self.beat)
 
     def cached(self, rows: Sequence[Row]) -> Activations:
         """Lower activations of rows that later updates need again."""
@@ -72,7 +74,7 @@ class Bench:
     def losses(self, stored: Activations, state: LoraState | None) -> list[RowLosses]:
         """Losses of rows under an adapter."""
         self.use(state)
-        return row_losses(self.split, stored)
+        return row_losses(self.split, stored, beat=self.beat)
 
     def score(self, stored: Activations, state: LoraState | None) -> list[Score]:
         """Scores of rows under an adapter, kept for the next update: its parent is this one's outcome."""
@@ -83,7 +85,7 @@ class Bench:
         return self.cache.scores(stored.rows, state_digest(state), compute)
 
 
-def open_bench(task: UpdateTask) -> Bench:
+def open_bench(task: UpdateTask, beat: Callable[[], None] = lambda: None) -> Bench:
     """Load the base and the parent. Raises: BaseModelError, AdapterError, UnsupportedModelError."""
     folder = Path(task.model_dir)
     manifest = load_manifest(folder)
@@ -106,4 +108,5 @@ def open_bench(task: UpdateTask) -> Bench:
         read_anchors(folder / ANCHORS_FILE),
         DerivedCache(Path(task.cache_dir), key),
         parent,
+        beat,
     )

@@ -6,7 +6,7 @@ Qwen3, SmolLM. `SplitModel` proves that on start by comparing logits with the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -140,19 +140,27 @@ class Activations:
         self.rows, self._hidden = rows, hidden
 
     @classmethod
-    def compute(cls, split: SplitModel, rows: Sequence[Row], batch_tokens: int = 2048) -> Activations:
+    def compute(
+        cls,
+        split: SplitModel,
+        rows: Sequence[Row],
+        batch_tokens: int = 2048,
+        beat: Callable[[], None] = lambda: None,
+    ) -> Activations:
         """Run the lower blocks over rows.
 
         Args:
             split: The model.
             rows: Rows to run.
             batch_tokens: Tokens a forward pass; fixed, since bf16 sums depend on the batch's shape.
+            beat: Called after each batch: a sign of life.
         """
         hidden: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch in row_batches(rows, batch_tokens):
             out = split.lower(pad_ids([rows[i] for i in batch]))
             for place, i in enumerate(batch):
                 hidden[i] = out[place, : len(rows[i])].clone()
+            beat()
         return cls(rows, hidden)
 
     def batch(self, indices: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,13 +103,19 @@ def predicted(rows: Sequence[Row], bit: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def row_losses(split: SplitModel, stored: Activations, bit: int = SCORED | TRAINED) -> list[RowLosses]:
+def row_losses(
+    split: SplitModel,
+    stored: Activations,
+    bit: int = SCORED | TRAINED,
+    beat: Callable[[], None] = lambda: None,
+) -> list[RowLosses]:
     """Loss of every counted token of rows, under whatever adapter is enabled.
 
     Args:
         split: The model.
         stored: Rows with their lower activations.
         bit: Which tokens count.
+        beat: Called after each batch: a sign of life.
     Returns: One entry a row, in order.
     """
     out = [RowLosses(torch.zeros(len(row)), torch.zeros(len(row), dtype=torch.bool)) for row in stored.rows]
@@ -121,6 +127,7 @@ def row_losses(split: SplitModel, stored: Activations, bit: int = SCORED | TRAIN
             mine = at == place
             out[i].nll[before[mine] + 1] = nll[mine]
             out[i].greedy[before[mine] + 1] = greedy[mine]
+        beat()
     return out
 
 

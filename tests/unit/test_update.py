@@ -153,6 +153,7 @@ def test_an_update_learns_the_stream_and_says_what_it_measured(make_task, capsys
     steps = [event for event in events if "step" in event]
     assert [event["step"] for event in steps] == list(range(1, result.steps + 1))
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert [event["phase"] for event in events].count("score") >= 3  # signs of life in a long sweep
     assert read_result(Path(task.out_dir)) == result
 
 
@@ -192,8 +193,8 @@ def test_the_base_is_left_as_it_was(make_task, monkeypatch):
     benches = []
     opened = bench.open_bench
 
-    def keep(task):
-        made = opened(task)
+    def keep(*args):
+        made = opened(*args)
         frozen = [(name, p) for name, p in made.split.model.named_parameters() if "lora_" not in name]
         benches.append([(name, p, p.detach().clone()) for name, p in frozen])
         return made
