@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adapters.update import STOPPED
+from adapters.update import STOPPED, TRAINER
 
 __all__ = ["Ending", "Progress", "run_child"]
 
-HANG_S = 900.0  # a step takes seconds; silence for this long is a hang
+HANG_S = 900.0  # it gives a sign of life each batch, which takes seconds; more is a hang
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: long enough to write a checkpoint
 _VMSTAT = Path("/proc/vmstat")
 Progress = Callable[[dict[str, Any]], None]
@@ -51,7 +51,8 @@ def run_child(task: Path, stop: threading.Event, progress: Progress, log_file: P
         child = subprocess.Popen(
             [sys.executable, "-m", "adapters.update", str(task)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+                 TRAINER: str(os.getpid())},
         )  # fmt: skip
     lines: queue.Queue[bytes | None] = queue.Queue()
     reader = threading.Thread(target=_read_lines, args=(child, lines), daemon=True)

@@ -24,7 +24,7 @@ from adapters.recipe import GateLimits, Recipe
 from adapters.update import RESULT_FILE, PastWindow, UpdateResult, UpdateTask, read_result
 from storage.block import encode_blocks
 from storage.durable import fsync_folder, make_private_folder, remove_folder, write_file_durably
-from storage.errors import StorageError
+from storage.errors import CorruptBlockError, StorageError
 from storage.folder import DataFolder
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Ring
@@ -34,6 +34,7 @@ __all__ = ["MAX_FAILURES", "Trainer", "TrainerSettings", "seed_of"]
 
 MAX_FAILURES = 5
 FREE_KILLS = 2  # kills from outside without progress that do not count
+MERGED_SHARES = 4  # a merged update takes at most so many token budgets; older windows are skipped
 MAX_ACCEPTED = 64  # windows kept for rehearsal and retention
 PAST_WINDOWS = 8
 _SAMPLES, _TASK, _ERRORS = "samples.blocks", "task.json", "errors.log"
@@ -168,34 +169,41 @@ class Trainer:
         if not due or self._cooling(ring, rows):
             return None
         surplus = len(due) - self._settings.max_due if self._settings.max_due else 0
-        return self._claim(shard, ring, due[: max(surplus, 0) + 1])
+        run = due[: max(surplus, 0) + 1]
+        tail = ring.read_state().tail_seq
+        if gone := [window for window in run if window.first_seq < tail]:
+            # Only these: what came after them can still be learned.
+            reason = "evicted from the ring before its claim"
+            return self._put(self._row(shard, gone), state=UpdateState.EXPIRED, reason=reason)
+        taken = self._within_budget(run)
+        if older := run[: len(run) - len(taken)]:
+            reason = "more was due than an update can take"
+            return self._put(self._row(shard, older), state=UpdateState.SKIPPED, reason=reason)
+        return self._claim(shard, ring, taken)
+
+    def _within_budget(self, run: list[ClosedWindow]) -> list[ClosedWindow]:
+        """The newest windows of a run that one update may own: memory and time are bounded by its tokens."""
+        limit, count, tokens = MERGED_SHARES * self._settings.recipe.max_tokens, 0, 0
+        for window in reversed(run):
+            tokens += window.tokens
+            if count and tokens > limit:
+                break
+            count += 1
+        return run[len(run) - count :]
 
     def _cooling(self, ring: Ring, rows: list[UpdateRow]) -> bool:
         if not self._settings.cooldown_s or not rows:
             return False
-        last = {window.window: window for window in ring.windows(after=rows[-1].last_window - 1)}
-        claimed_at = last[rows[-1].last_window].closed_at if rows[-1].last_window in last else 0.0
-        return ring.read_state().stream_time < claimed_at + self._settings.cooldown_s
+        return ring.read_state().stream_time < rows[-1].claimed_at + self._settings.cooldown_s
 
     def _claim(self, shard: str, ring: Ring, due: list[ClosedWindow]) -> UpdateRow:
         """due -> claimed: copy the window out of the ring, then say so."""
-        first, last = due[0], due[-1]
-        row = UpdateRow(
-            shard=shard,
-            window=first.window,
-            last_window=last.window,
-            first_seq=first.first_seq,
-            last_seq=last.last_seq,
-            samples=last.last_seq - first.first_seq + 1,
-            state=UpdateState.CLAIMED,
-            parent=self._registry.active().version,
-            seed=seed_of(self._settings.seed, shard, first.window),
-            settings=self._digest,
-        )
+        row = msgspec.structs.replace(self._row(shard, due), claimed_at=ring.read_state().stream_time)
         try:
             samples = ring.read(row.first_seq, row.last_seq)
-        except LookupError:
-            return self._put(row, state=UpdateState.EXPIRED, reason="evicted from the ring before its claim")
+        except (LookupError, CorruptBlockError) as error:
+            # Evicted just now, or damaged: never trained on, and no reason to stop at it for ever.
+            return self._put(row, state=UpdateState.EXPIRED, reason=str(error))
         if not any(samples.mask):
             return self._put(row, state=UpdateState.SKIPPED, reason="no token in it is to be learned")
         work = self._folder.update_folder(shard, row.window)
@@ -207,7 +215,26 @@ class Trainer:
         # 2. The row.               From here the window is claimed; the ring may evict it.
         return self._put(row, samples_sha256=hashlib.sha256(data).hexdigest())
 
+    def _row(self, shard: str, due: list[ClosedWindow]) -> UpdateRow:
+        """A new update's row: it owns these windows and starts from the active version."""
+        first, last = due[0], due[-1]
+        return UpdateRow(
+            shard=shard,
+            window=first.window,
+            last_window=last.window,
+            first_seq=first.first_seq,
+            last_seq=last.last_seq,
+            samples=last.last_seq - first.first_seq + 1,
+            state=UpdateState.CLAIMED,
+            parent=self._registry.active().version,
+            seed=seed_of(self._settings.seed, shard, first.window),
+            settings=self._digest,
+        )
+
     def _advance(self, row: UpdateRow, stop: threading.Event) -> None:
+        if row.state in (UpdateState.STAGED, UpdateState.EVALUATED) and row.settings != self._digest:
+            self._start_over(row)  # its manifest would state settings that it was not made with
+            return
         match row.state:
             case UpdateState.CLAIMED:
                 self._train(row, stop)
@@ -245,6 +272,11 @@ class Trainer:
                 self._count_failure(row, ending, work, stop)
             case _:
                 assert_never(ending)
+
+    def _start_over(self, row: UpdateRow) -> None:
+        """staged or evaluated -> claimed: this candidate may not be published."""
+        work = self._folder.update_folder(row.shard, row.window)
+        self._claim_again(msgspec.structs.replace(row, state=UpdateState.CLAIMED, result=b""), work)
 
     def _claim_again(self, row: UpdateRow, work: Path) -> UpdateRow:
         """The settings or the active version changed since the claim: start over from the present ones."""
@@ -317,20 +349,28 @@ class Trainer:
     def _promote(self, row: UpdateRow) -> None:
         """evaluated -> promoted: publish a signed folder, then make it active in the same transaction."""
         work = self._folder.update_folder(row.shard, row.window)
-        if row.parent != self._registry.active().version:
-            # Somebody rolled back or promoted meanwhile: this candidate continues what is no longer active.
-            self._claim_again(msgspec.structs.replace(row, state=UpdateState.CLAIMED, result=b""), work)
-            return
         number = max((version.version for version in self._registry.versions()), default=0) + 1
         manifest = self._manifest_of(row, number, work)
-        version = versions.publish(self._folder, work, manifest, self._key)
-        versions.verify(self._folder, version, self._manifest.base_sha256)
+        try:
+            version = versions.publish(self._folder, work, manifest, self._key)
+            versions.verify(self._folder, version, self._manifest.base_sha256)
+        except versions.VersionError as error:
+            log.error("%s", error)  # the files changed since the gate: train them again
+            self._start_over(row)
+            return
         with self._registry.write() as writer:
-            writer.put_version(version)
-            writer.set_active(number)
-            writer.put_update(msgspec.structs.replace(row, state=UpdateState.PROMOTED, version=number))
-            writer.add_audit(AuditRow(time.time(), "trainer", "promote", f"version {number}"))
-        log.info("version %d is active", number)
+            promoted = writer.active() == row.parent
+            if promoted:
+                writer.put_version(version)
+                writer.set_active(number)
+                writer.put_update(msgspec.structs.replace(row, state=UpdateState.PROMOTED, version=number))
+                writer.add_audit(AuditRow(time.time(), "trainer", "promote", f"version {number}"))
+        if promoted:
+            log.info("version %d is active", number)
+            return
+        # Somebody rolled back or promoted meanwhile: this candidate continues what is no longer active.
+        remove_folder(versions.folder_of(self._folder, version))
+        self._start_over(row)
 
     def _acknowledge(self, row: UpdateRow) -> None:
         """promoted -> acknowledged: keep the window for rehearsal, then forget the work folder."""

@@ -34,6 +34,7 @@ from adapters.recipe import GateLimits, Recipe
 __all__ = [
     "RESULT_FILE",
     "STOPPED",
+    "TRAINER",
     "PastWindow",
     "SourceScore",
     "UpdateResult",
@@ -45,6 +46,8 @@ __all__ = [
 RESULT_FILE = "result.json"
 STOPPED = 75
 """Exit code after SIGTERM (EX_TEMPFAIL): nothing is wrong, the same command goes on."""
+TRAINER = "EDGEWATER_TRAINER"
+"""Environment variable with the process id of the trainer that started this process."""
 _NICENESS = 10
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -182,7 +185,8 @@ def read_result(out_dir: Path) -> UpdateResult | None:
 
 def _leave_with_parent() -> None:
     """End this process when the one that started it is gone: a second child must not train beside it."""
-    parent = os.getppid()
+    # Named by the parent: it may be gone before this line, and then getppid() is already another's.
+    parent = int(os.environ.get(TRAINER, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -47,6 +47,8 @@ class CommitStep:
         decided: Called with the windows that a commit closed, after it: wakes the trainer, and in
             lockstep returns only when they are decided.
         max_age_s: Evict samples older than this in stream time, seconds; 0 never.
+        tick_s: Commit the time of a tick when stream time stood still for so long, seconds: a cooldown and
+            a maximum age go on when a stream falls silent; 0 never (each such commit costs flash).
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class CommitStep:
         requests: Callable[[], int],
         decided: Callable[[list[ClosedWindow]], None],
         max_age_s: float = 0.0,
+        tick_s: float = 0.0,
     ) -> None:
         self._ring = ring
         self._trigger = trigger
         self._requests = requests
         self._decided = decided
         self._max_age_s = max_age_s
+        self._tick_s = tick_s
         self._swept = ring.state.stream_time
 
     def __call__(self, batch: Batch) -> Committed:
@@ -77,7 +81,8 @@ class CommitStep:
             self._trigger, state.window, state.next_seq, batch.samples.lengths, arrivals,
             tick=stream_time if batch.now else 0.0, requested=request > state.request,
         )  # fmt: skip
-        if not (batch.lines or closed or batch.positions or request != state.request):
+        late = bool(self._tick_s) and stream_time - state.stream_time >= self._tick_s
+        if not (batch.lines or closed or batch.positions or request != state.request or late):
             return Committed(state, batch.outcome, [], 0.0)
         batch.samples.first_seq = state.next_seq
         started = time.monotonic()

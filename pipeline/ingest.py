@@ -40,6 +40,7 @@ __all__ = ["SHARD", "IngestOptions", "build_steps", "connectors_of", "ingest"]
 T = TypeVar("T")
 SHARD = "main"
 LOCKSTEP_POLL_S = 0.05
+TICK_COMMIT_S = 60.0  # 35 MB of flash a day, and only where an age or a cooldown waits for it
 log = logging.getLogger("edgewater.ingest")
 
 
@@ -122,7 +123,9 @@ def _run(
 ) -> None:
     inbox = Inbox()
     limits = BatchLimits(flush_s=config.ring.flush_ms / 1_000)
-    commit = CommitStep(ring, _trigger(config), registry.requests, decided, float(config.ring.max_age))
+    max_age_s = float(config.ring.max_age)
+    tick_s = TICK_COMMIT_S if max_age_s or config.trigger.cooldown else 0.0
+    commit = CommitStep(ring, _trigger(config), registry.requests, decided, max_age_s, tick_s)
     faults: list[BaseException] = []
     steps = build_steps(config, ring, tokenizer, recorder)
     flow = build_flow(

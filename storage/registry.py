@@ -44,6 +44,9 @@ __all__ = [
 REGISTRY_FORMAT = 1
 MAP_BYTES = 32 << 20
 MAX_AUDIT_ROWS = 10_000
+MAX_UPDATE_ROWS = 4_096  # windows back; a row without its result takes 200 bytes
+MAX_RESULTS = 512  # windows back that keep their scores, 3 KiB each
+SWEPT_ROWS = 16  # a decision may jump over so many merged windows and still sweep each
 _U32 = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
 
@@ -96,6 +99,7 @@ class UpdateRow(msgspec.Struct, frozen=True):
         reason: Why it was rejected, quarantined, skipped or expired.
         result: The child's result as JSON, b"" before it is staged.
         settings: Digest of the model, recipe and limits that it was claimed under.
+        claimed_at: Stream time of the claim, seconds; the cooldown runs from it.
     """
 
     shard: str
@@ -115,6 +119,7 @@ class UpdateRow(msgspec.Struct, frozen=True):
     reason: str = ""
     result: bytes = b""
     settings: str = ""
+    claimed_at: float = 0.0
 
     @property
     def decided(self) -> bool:
@@ -296,10 +301,33 @@ class RegistryWriter:
             found = self._txn.get(b"c" + row.shard.encode())
             newest = max(row.last_window, _U64.unpack(found)[0] if found else 0)
             self._txn.put(b"c" + row.shard.encode(), _U64.pack(newest))
+            self._forget_old(row)
+
+    def _forget_old(self, row: UpdateRow) -> None:
+        """Keep the registry bounded: old rows lose their results (manifests have theirs), then go."""
+        prefix = b"U" + row.shard.encode() + b"\0"
+        cursor = self._txn.cursor()
+        while cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
+            if _U32.unpack(bytes(cursor.key())[len(prefix) :])[0] > row.window - MAX_UPDATE_ROWS:
+                break
+            cursor.delete()
+        found = cursor.set_range(prefix + _U32.pack(max(row.window - MAX_RESULTS, 0)))
+        for _ in range(SWEPT_ROWS if found else 0):
+            if not cursor.prev() or not bytes(cursor.key()).startswith(prefix):
+                break
+            old = msgspec.msgpack.decode(cursor.value(), type=UpdateRow)
+            if old.result:
+                slim = msgspec.structs.replace(old, result=b"")
+                self._txn.put(bytes(cursor.key()), msgspec.msgpack.encode(slim))
 
     def put_version(self, row: VersionRow) -> None:
         """Write a version's row."""
         self._txn.put(b"V" + _U32.pack(row.version), msgspec.msgpack.encode(row))
+
+    def active(self) -> int:
+        """The active version inside this transaction."""
+        found = self._txn.get(b"a")
+        return msgspec.msgpack.decode(found, type=ActivePointer).version if found else 0
 
     def set_active(self, version: int) -> None:
         """Move the active pointer; the version that was active becomes the previous one."""

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from storage.errors import ForeignFolderError, FormatTooNewError
-from storage.registry import MAX_AUDIT_ROWS, AuditRow, Registry, UpdateRow, UpdateState, VersionRow
+from storage.registry import (
+    MAX_AUDIT_ROWS,
+    MAX_RESULTS,
+    MAX_UPDATE_ROWS,
+    AuditRow,
+    Registry,
+    UpdateRow,
+    UpdateState,
+    VersionRow,
+)
 
 S = UpdateState
 # The table at the top of storage/registry.py, written down a second time on purpose.
@@ -184,6 +193,18 @@ def test_what_is_no_registry_or_too_new_is_refused(tmp_path: Path) -> None:
     create_environment(tmp_path / "new", 1 << 20, {b"H": msgspec.msgpack.encode({"format": 2})})
     with pytest.raises(FormatTooNewError, match="upgrade"):
         Registry.open_or_create(tmp_path / "new")
+
+
+def test_decided_updates_do_not_fill_the_registry(registry: Registry) -> None:
+    """Ten thousand updates with results of 3 KiB: the newest keep theirs, old rows go, it never fills."""
+    for window in range(1, 10_001):
+        row = UpdateRow("main", window, window, 0, 9, 10, UpdateState.SKIPPED, result=bytes(3_000))
+        with registry.write() as writer:
+            writer.put_update(row)
+    rows = registry.updates()
+    assert (rows[0].window, rows[-1].window) == (10_001 - MAX_UPDATE_ROWS, 10_000)
+    assert [bool(row.result) for row in rows[-MAX_RESULTS:]] == [True] * MAX_RESULTS
+    assert not any(row.result for row in rows[: -MAX_RESULTS - 1])
 
 
 def test_whoever_saw_a_transaction_sees_what_it_wrote(registry: Registry) -> None:

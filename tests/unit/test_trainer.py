@@ -14,7 +14,7 @@ from adapters import versions
 from adapters.model_folder import load_manifest
 from adapters.recipe import GateLimits, Recipe
 from adapters.trainer import MAX_FAILURES, Trainer, TrainerSettings, seed_of
-from storage.block import Samples
+from storage.block import Samples, encode_block
 from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.registry import Registry, UpdateRow, UpdateState
@@ -114,6 +114,52 @@ def test_an_evicted_window_expires_and_the_next_one_is_claimed(site: Site) -> No
     assert [row.state for row in site.rows] == [UpdateState.EXPIRED, UpdateState.CLAIMED]
 
 
+def test_only_the_evicted_windows_of_a_merged_run_expire(site: Site) -> None:
+    """What is still in the ring is learned, however much was due."""
+    for at in (1.0, 9.0, 9.0):
+        site.close_window(at=at)
+    site.ring.evict_older_than(5.0)
+    site.stop.set()
+    trainer = site.trainer(max_due=1)
+    trainer.step(site.stop)
+    trainer.step(site.stop)
+    assert [(row.window, row.last_window, row.state) for row in site.rows] == [
+        (1, 1, UpdateState.EXPIRED), (2, 3, UpdateState.CLAIMED),
+    ]  # fmt: skip
+
+
+def test_a_merged_run_takes_the_newest_windows_that_fit_one_update(site: Site) -> None:
+    """A backlog must not grow an update without bound: the oldest windows beyond it are skipped."""
+    for _ in range(6):
+        site.close_window()
+    tokens = site.ring.windows()[0].tokens
+    recipe = msgspec.structs.replace(RECIPE, max_tokens=tokens // 2)  # four shares hold two windows
+    site.stop.set()
+    trainer = site.trainer(max_due=1, recipe=recipe)
+    trainer.step(site.stop)
+    trainer.step(site.stop)
+    assert [(row.window, row.last_window, row.state) for row in site.rows] == [
+        (1, 4, UpdateState.SKIPPED), (5, 6, UpdateState.CLAIMED),
+    ]  # fmt: skip
+
+
+def test_a_damaged_window_expires_and_the_next_one_is_learned(site: Site) -> None:
+    """A flipped bit in the ring is never trained on, and stops nothing."""
+    first, second = site.close_window(), site.close_window()
+    block = encode_block(site.ring.read(first.first_seq, first.last_seq), site.manifest.tokenizer_id)
+    with site.ring._env.begin(write=True) as txn:
+        txn.put(b"b" + bytes(8), block[:-1] + bytes([block[-1] ^ 1]))
+    assert len(site.ring.newest_hashes(1_000)) == 2 * WINDOW
+    assert [bool(problem) for _, problem in site.ring.check_blocks()] == [True, False]
+    site.stop.set()
+    trainer = site.trainer(max_due=0)
+    trainer.step(site.stop)
+    trainer.step(site.stop)
+    assert [row.state for row in site.rows] == [UpdateState.EXPIRED, UpdateState.CLAIMED]
+    assert "checksum" in site.rows[0].reason
+    assert site.rows[1].first_seq == second.first_seq
+
+
 def test_a_window_without_a_learned_token_is_skipped(site: Site) -> None:
     site.close_window(learned=False)
     site.run()
@@ -143,9 +189,11 @@ def test_a_cooldown_delays_the_claim_in_stream_time(site: Site) -> None:
     site.close_window(learned=False, at=100.0)
     site.close_window(learned=False, at=105.0)
     trainer = site.trainer(cooldown_s=10.0)
-    assert trainer.step(site.stop)
+    assert trainer.step(site.stop)  # claimed at 105
     assert not trainer.step(site.stop)
-    site.close_window(learned=False, at=111.0)
+    site.close_window(learned=False, at=114.0)
+    assert not trainer.step(site.stop)
+    site.close_window(learned=False, at=115.0)
     assert trainer.step(site.stop)
 
 
@@ -187,6 +235,21 @@ def test_a_rollback_meanwhile_makes_the_update_start_again_from_the_present_vers
     while trainer.step(site.stop):
         pass
     assert versions.verify(site.folder, site.registry.versions()[-1]).parent == 0
+
+
+@pytest.mark.slow
+def test_changed_settings_start_a_staged_update_over(site: Site) -> None:
+    """A manifest never states settings that its version was not made with."""
+    site.close_window()
+    trainer = site.trainer()
+    while not site.rows or site.rows[-1].state != UpdateState.EVALUATED:
+        trainer.step(site.stop)
+    changed = msgspec.structs.replace(RECIPE, max_steps=1)
+    site.trainer(recipe=changed).step(site.stop)
+    assert site.rows[-1].state == UpdateState.CLAIMED
+    site.run(recipe=changed)
+    (version,) = site.registry.versions()
+    assert versions.verify(site.folder, version).recipe["max_steps"] == 1
 
 
 @pytest.mark.slow
