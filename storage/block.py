@@ -275,7 +275,8 @@ def decode_block(data: bytes | memoryview) -> Samples:
         raise CorruptBlockError("the block is cut short")
     if bytes(data[_FIELDS.size : HEADER_BYTES]) != _checksum(bytes(data[: _FIELDS.size]), payload):
         raise CorruptBlockError(
-            f"checksum of the block at seq {header.first_seq} is wrong", hint="run 'edgewater doctor'"
+            f"checksum of the block at seq {header.first_seq} is wrong",
+            hint="its samples are lost",
         )
     # The checksum holds, so the size that the frame states is ours; it is still bounded by the header's.
     raw = zstandard.ZstdDecompressor().decompress(payload, max_output_size=header.raw_bytes)

@@ -13,6 +13,8 @@ A commit is one transaction. It returns after LMDB's two flushes; only then may 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import secrets
 import struct
@@ -26,6 +28,7 @@ import msgspec
 from storage.block import HASH_BYTES, MAX_SAMPLES, Samples, decode_block, encode_block, read_header
 from storage.env import create_environment, open_environment
 from storage.errors import (
+    CorruptBlockError,
     ForeignFolderError,
     FormatTooNewError,
     RingFullError,
@@ -46,6 +49,9 @@ MAX_WINDOW_ROWS = 4_096
 _STATE, _HEADER = b"s", b"H"
 _U64 = struct.Struct(">cQ")
 _U32 = struct.Struct(">cI")
+
+
+log = logging.getLogger("edgewater.ring")
 
 
 class Ring:
@@ -178,24 +184,22 @@ class Ring:
         return self._evict_down_to(txn, int(LOW_WATER * self.map_bytes) - incoming)
 
     def _evict_down_to(self, txn: lmdb.Transaction, live_bytes: int) -> int:
-        tail, cursor = self.state.tail_seq, txn.cursor()
+        cursor = txn.cursor()
         while _live_bytes(txn) > live_bytes and cursor.set_range(b"b") and cursor.key()[:1] == b"b":
-            tail = read_header(cursor.value()).last_seq + 1
             cursor.delete()
-        return tail
+        return _oldest_seq(txn, self.state.next_seq)
 
     def evict_older_than(self, stream_time: float) -> int:
         """Delete blocks whose commit is older than a stream time. Returns: samples deleted."""
         self._check_alive()
-        state, tail = self.state, self.state.tail_seq
+        state = self.state
         with self._writing() as txn:
             cursor = txn.cursor()
             while cursor.set_range(b"b") and cursor.key()[:1] == b"b":
-                header = read_header(cursor.value())
-                if header.arrival >= stream_time:
+                if _arrival_of(cursor.value()) >= stream_time:
                     break
-                tail = header.last_seq + 1
                 cursor.delete()
+            tail = _oldest_seq(txn, state.next_seq)
             if tail != state.tail_seq:
                 state = msgspec.structs.replace(state, tail_seq=tail)
                 txn.put(_STATE, msgspec.msgpack.encode(state))
@@ -302,7 +306,7 @@ class Ring:
             cursor = txn.cursor()
             found = cursor.set_range(b"c") and cursor.prev()  # the state row sorts after every block
             while found and count > 0 and cursor.key()[:1] == b"b":
-                hashes = decode_block(cursor.value()).hashes
+                hashes = _hashes_of(cursor.value())
                 take = min(count, len(hashes) // HASH_BYTES)
                 parts.append(hashes[len(hashes) - take * HASH_BYTES :])
                 count -= take
@@ -336,7 +340,7 @@ class Ring:
                 samples = decode_block(data)
                 expected = first + len(samples)
             except StorageError as error:
-                problem, expected = str(error), first + 1
+                problem, expected = str(error), _after(first, data)
             yield first, problem
 
     # -- inside -----------------------------------------------------------------------------------
@@ -388,6 +392,40 @@ class Ring:
                 hint="upgrade Edgewater",
             )
         return header
+
+
+def _oldest_seq(txn: lmdb.Transaction, next_seq: int) -> int:
+    """First seq of the oldest block, by its key: a block whose header is damaged can be evicted too."""
+    cursor = txn.cursor()
+    held = cursor.set_range(b"b") and cursor.key()[:1] == b"b"
+    return int(_U64.unpack(cursor.key())[1]) if held else next_seq
+
+
+def _arrival_of(block: bytes | memoryview) -> float:
+    try:
+        return read_header(block).arrival
+    except CorruptBlockError:
+        return -math.inf  # nothing can be done with it: it goes first
+
+
+def _after(first_seq: int, block: bytes) -> int:
+    """The seq after a block that may be damaged."""
+    try:
+        return max(read_header(block).last_seq, first_seq) + 1
+    except StorageError:
+        return first_seq + 1
+
+
+def _hashes_of(block: bytes | memoryview) -> bytes:
+    """Dedup hashes of a block; zeros, which match nothing, where it is damaged: ingest goes on."""
+    try:
+        return decode_block(block).hashes
+    except CorruptBlockError as error:
+        log.error("%s: its samples cannot be recognized when they come again", error)
+    try:
+        return bytes(HASH_BYTES * read_header(block).samples)
+    except CorruptBlockError:
+        return b""
 
 
 def _blocks_from(cursor: lmdb.Cursor, seq: int) -> Iterator[bytes]:
