@@ -54,6 +54,14 @@ def configured(command: F) -> F:
     )(command)  # fmt: skip
 
 
+def recording(command: F) -> F:
+    """Give a verb --capture."""
+    return click.option(
+        "--capture", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+        help="Also record what is ingested, to replay it.",
+    )(command)  # fmt: skip
+
+
 def with_json(command: F) -> F:
     """Give a verb --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
@@ -95,7 +103,15 @@ def demo(as_json: bool, data_dir: Path, everything: bool, fresh: bool, overrides
 @click.option("--once", is_flag=True, help="End when the sources are drained and due updates are decided.")
 @click.option("--no-updates", is_flag=True, help="Only ingest.")
 @click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
-def run(path: Path | None, overrides: tuple[str, ...], once: bool, no_updates: bool, max_events: int) -> None:
+@recording
+def run(
+    path: Path | None,
+    overrides: tuple[str, ...],
+    once: bool,
+    no_updates: bool,
+    max_events: int,
+    capture: Path | None,
+) -> None:
     """The daemon: ingest and trainer, supervised, until SIGTERM."""
     from pipeline.running import run_gateway
 
@@ -107,6 +123,7 @@ def run(path: Path | None, overrides: tuple[str, ...], once: bool, no_updates: b
         once=once or bool(max_events),
         updates=not no_updates,
         max_events=max_events,
+        capture=capture.absolute() if capture else None,
     )
     sys.exit(code)
 
@@ -116,6 +133,7 @@ def run(path: Path | None, overrides: tuple[str, ...], once: bool, no_updates: b
 @click.option("--finite", is_flag=True, help="End when the sources are drained.")
 @click.option("--lockstep", is_flag=True, help="Wait at each window's close until it is decided.")
 @click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
+@recording
 @click.option("--replay", type=click.Path(path_type=Path, exists=True, dir_okay=False), hidden=True)
 @click.option("--speed", type=float, default=0.0, hidden=True)
 def ingest(
@@ -124,6 +142,7 @@ def ingest(
     finite: bool,
     lockstep: bool,
     max_events: int,
+    capture: Path | None,
     replay: Path | None,
     speed: float,
 ) -> None:
@@ -131,7 +150,15 @@ def ingest(
     from pipeline.roles import run_ingest
 
     config = _Context(path, overrides).load(require_sources=replay is None)
-    run_ingest(config, finite=finite, lockstep=lockstep, max_events=max_events, replay=replay, speed=speed)
+    run_ingest(
+        config,
+        finite=finite,
+        lockstep=lockstep,
+        max_events=max_events,
+        capture=capture,
+        replay=replay,
+        speed=speed,
+    )
 
 
 @cli.command()
@@ -207,7 +234,11 @@ def capture(
         raise click.BadParameter(str(error), param_hint="--max-file-bytes") from None
     config = _Context(path, overrides).load(require_sources=True)
     lines, last = record_sources(config, out, max_file_bytes=size, max_files=max_files, max_events=max_events)
-    _say({"lines": lines, "file": str(last)}, f"{lines:,} lines recorded, the last into {last}", as_json)
+    _say(
+        {"lines": lines, "file": str(last)},
+        f"{lines:,} lines recorded" + (f", the last into {last}" if lines else ""),
+        as_json,
+    )
 
 
 @cli.command()
@@ -265,7 +296,10 @@ def score(
     """Bits per byte of texts under the base and versions: how well each predicts them."""
     from pipeline.looking import score_texts
 
-    lines = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    try:
+        lines = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"{file} is not UTF-8 text", param_hint="--file") from None
     lines = [line for line in lines if line]
     if not lines:
         raise click.UsageError("give a text, or --file")

@@ -96,9 +96,12 @@ def _remove(data_dir: Path) -> None:
     if not data_dir.exists():
         return
     strangers = {path.name for path in data_dir.iterdir()} - {"state", _STREAM, _CONTINUATIONS}
-    if strangers or not (data_dir / _STREAM).exists():
+    if strangers or not (data_dir / _STREAM).exists() or (data_dir / "state").is_symlink():
         hint = "--fresh deletes only a folder that the demo made"
         raise ForeignFolderError("is not a demo's folder", path=data_dir, hint=hint)
+    if (data_dir / "state" / "edgewater.json").exists():
+        with DataFolder.open(data_dir / "state", create=False).lock("supervisor"):  # or a demo runs on it
+            remove_folder(data_dir)
     remove_folder(data_dir)
 
 

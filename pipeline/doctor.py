@@ -74,10 +74,11 @@ def _packages() -> Iterator[Finding]:
 
 
 def _sources(config: Config) -> Iterator[Finding]:
-    import glob
+    from pipeline.sources.files import unmatched_sources
 
+    unmatched = unmatched_sources(config)
     for source in config.sources:
-        if source.kind == "files" and not glob.glob(source.path, recursive=True):  # noqa: PTH207 - absolute patterns
+        if source in unmatched:
             yield Finding("warning", f"source {source.name}", f"no file matches {source.path} yet")
         else:
             yield Finding("right", f"source {source.name}", source.kind)

@@ -6,6 +6,7 @@ import getpass
 import time
 from typing import Any
 
+import click
 import msgspec
 
 from adapters import versions
@@ -136,14 +137,14 @@ def _read(folder: DataFolder) -> tuple[list[VersionRow], Any]:
 
 
 def find_version(folder: DataFolder, name: str) -> VersionRow:
-    """A version by number, "active" or "previous"."""
+    """A version by number, "active" or "previous". Raises: click.UsageError if there is none."""
     rows, active = _read(folder)
     named = {"active": active.version, "previous": active.previous}
     number = named.get(name, int(name.removeprefix("v")) if name.removeprefix("v").isdigit() else -1)
     row = next((row for row in rows if row.version == number), None)
     if row is None:
         known = ", ".join(str(row.version) for row in rows) or "none yet"
-        raise VersionError(max(number, 0), f"{name!r} names no version", f"there are: {known}")
+        raise click.UsageError(f"{name!r} names no version; there are: {known}")
     return row
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EMBEDDED_MODEL, Config, gate_limits, recipe
+from pipeline.supervise import STOPPED_EARLY
 from storage.errors import LockHeldError, StorageError
 from storage.folder import DataFolder, RoleLock
 
@@ -85,7 +86,14 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 def run_ingest(
-    config: Config, *, finite: bool, lockstep: bool, max_events: int, replay: Path | None, speed: float
+    config: Config,
+    *,
+    finite: bool,
+    lockstep: bool,
+    max_events: int,
+    capture: Path | None,
+    replay: Path | None,
+    speed: float,
 ) -> None:
     """Be the ingest process until its sources end or a signal comes."""
     from pipeline.health import HealthServer, IngestMetrics
@@ -109,8 +117,12 @@ def run_ingest(
                 raise StorageError(
                     f"health.listen {config.health.listen}: {error.strerror}", hint=hint
                 ) from None
-        options = IngestOptions(finite=finite, lockstep=lockstep, max_events=max_events)
+        options = IngestOptions(finite=finite, lockstep=lockstep, max_events=max_events, capture=capture)
         ingest(config, folder, model_folder(config), connectors, options, stop, metrics)
+        stopped = stop.is_set()
+    if stopped and SUPERVISED in os.environ:
+        # Told to end before its sources did, by somebody else than the supervisor, which does not look.
+        sys.exit(STOPPED_EARLY)
 
 
 def run_trainer(config: Config, *, lockstep: bool, reports: bool) -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import zstandard
 
 from adapters.model_folder import MANIFEST, verify
 from pipeline.config import EMBEDDED_MODEL, Config
 from pipeline.progress import Progress, describe
 from pipeline.report import Report, build_report, write_report
 from pipeline.roles import model_folder, refuse_foreign_packages, stop_on_signals
-from pipeline.sources.lines import LineSplitter, open_stream
+from pipeline.sources.files import unmatched_sources
+from pipeline.sources.lines import LineSplitter, is_cut_short, open_stream
 from pipeline.supervise import Child, Supervisor
 from storage.durable import write_file_durably
 from storage.errors import StorageError
@@ -64,13 +66,20 @@ def ensure_model(config: Config, progress: Progress) -> Path:
 
 
 def run_gateway(
-    config: Config, arguments: Sequence[str], *, once: bool, updates: bool, max_events: int
+    config: Config,
+    arguments: Sequence[str],
+    *,
+    once: bool,
+    updates: bool,
+    max_events: int,
+    capture: Path | None = None,
 ) -> int:
     """Run ingest and trainer until a signal, or with `once` until the sources are drained and decided.
 
     Args:
         config: The configuration.
         arguments: --config and --set as given, for the children.
+        capture: Folder to record what is ingested in.
     Returns: The exit code.
     """
     refuse_foreign_packages()
@@ -83,12 +92,22 @@ def run_gateway(
             lockstep = ["--lockstep"] if once else []
             flags = [*(["--finite"] if once else []), *(lockstep if updates else [])]
             flags += ["--max-events", str(max_events)] if max_events else []
+            flags += ["--capture", str(capture)] if capture else []
             patient = not once
             ingest = Child("ingest", ["ingest", *arguments, *flags], stdin=has_stdin, patient=patient)
             trainer = Child("trainer", ["train", *arguments, *lockstep], patient=patient, ends=False)
             children = [ingest, trainer] if updates else [ingest]
-            code = Supervisor(children, stop).run(lambda: ingest.done and (not updates or _decided(folder)))
-        write_report(folder, build_report(folder))
+            for source in unmatched_sources(config):
+                progress.say(f"source {source.name}: no file matches {source.path} yet")
+            # A window that cools down when its stream has ended would cool for ever: it stays due.
+            wait = updates and (once or not config.trigger.cooldown)
+            code = Supervisor(children, stop).run(lambda: ingest.done and (not wait or _decided(folder)))
+        report = build_report(folder)
+        write_report(folder, report)
+        if once and not code and not stop.is_set():
+            progress.say(
+                f"{report.events:,} events, {report.samples:,} samples, {len(report.windows)} windows so far"
+            )
         return code
 
 
@@ -117,9 +136,11 @@ def run_replay(
         folder = DataFolder.open(config.data_dir, create=True)
         with folder.lock("supervisor"):
             before = _check_record(folder, record, resume)
-            if before is not None and before.finished:
+            if before is not None and before.finished and (not updates or _decided(folder)):
                 return build_report(folder)
             ensure_model(config, progress)
+            if is_cut_short(file):
+                progress.say(f"{file.name} is cut short: only the {record.lines:,} lines that unpack are fed")
             write_file_durably(folder.path / _RECORD, msgspec.json.encode(record))
             code = _feed(folder, arguments, file, record, speed, updates, stop, progress)
             progress.clear()
@@ -128,6 +149,8 @@ def run_replay(
                 finished = msgspec.structs.replace(record, finished=True)
                 write_file_durably(folder.path / _RECORD, msgspec.json.encode(finished))
             write_report(folder, report)
+    if stop.is_set():
+        progress.say("stopped; the same command with --resume goes on")
     if code or stop.is_set():
         raise SystemExit(code or 1)
     return report
@@ -224,17 +247,23 @@ def _record(file: Path) -> ReplayRecord:
     with file.open("rb") as raw:
         while data := raw.read(1 << 20):
             digest.update(data)
-    splitter, lines = LineSplitter(), 0
+    try:
+        return ReplayRecord(file.name, digest.hexdigest(), _count_lines(file))
+    except zstandard.ZstdError as error:
+        raise OSError(f"{file} cannot be unpacked: {error}") from error
+
+
+def _count_lines(file: Path) -> int:
+    """Lines of a replay's file, a capture's header not counted."""
+    splitter, lines, first = LineSplitter(), 0, True
     with open_stream(file) as stream:
-        first = True
         while data := stream.read(1 << 20):
             found = splitter.feed(data)
             lines += len(found)
             if first and found:
                 lines -= b'"edgewater_capture"' in found[0][1]
                 first = False
-        lines += len(splitter.finish())
-    return ReplayRecord(file.name, digest.hexdigest(), lines)
+    return lines + len(splitter.finish())
 
 
 def _check_record(folder: DataFolder, record: ReplayRecord, resume: bool) -> ReplayRecord | None:

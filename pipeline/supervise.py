@@ -2,6 +2,7 @@
 
 child ends with     then
 0                   it is done (its sources are drained); restarted if it has no end of its own
+75                  it was told to end by somebody else; restarted, and no error
 2, 3                wrong configuration, or refused for safety: everything stops with that code
 anything else       restarted after 0.5 s, doubling to 60 s; a minute of life resets the wait
 stop asked          SIGTERM, and SIGKILL to what still lives after 18 s
@@ -19,8 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Child", "Supervisor"]
+__all__ = ["STOPPED_EARLY", "Child", "Supervisor"]
 
+STOPPED_EARLY = 75  # EX_TEMPFAIL
 MAX_ERRORS = 5
 FIRST_WAIT_S, LONGEST_WAIT_S, HEALTHY_S = 0.5, 60.0, 60.0
 STOP_S = 18.0  # a service manager expects an end within 20 s
@@ -91,7 +93,7 @@ class Child:
             return code
         if now - self._started > HEALTHY_S:
             self._wait_s, self._errors = FIRST_WAIT_S, 0
-        self._errors += code > 0  # a kill from outside is no error of its own
+        self._errors += code > 0 and code != STOPPED_EARLY  # what came from outside is no error of its own
         if not self._patient and self._errors >= MAX_ERRORS:
             log.error("%s failed %d times", self.name, self._errors)
             return 1

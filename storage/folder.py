@@ -84,9 +84,8 @@ class DataFolder:
             if create and not path.exists():
                 make_private_folder(path)
             if not path.is_dir():
-                raise StorageError(
-                    "no data folder here", path=path, hint="check data_dir, or run Edgewater once"
-                )
+                what = "is a file, not a folder" if path.exists() else "no data folder here"
+                raise StorageError(what, path=path, hint="check data_dir, or run Edgewater once")
             check_private(path)
             if not marker.exists():
                 folder._claim_empty(marker, create)
@@ -104,7 +103,9 @@ class DataFolder:
             # A file system of its own brings lost+found, which only root may look into.
             if p.name != "lost+found" and (p.name not in own or (p.is_dir() and any(p.iterdir())))
         ]
-        if strangers or not create:
+        if not strangers and not create:
+            raise StorageError("nothing is here yet", path=self.path, hint="run Edgewater once")
+        if strangers:
             hint = "data_dir must be empty or written by Edgewater"
             raise ForeignFolderError("is not an Edgewater data folder", path=self.path, hint=hint)
         for part in (self.ring, self.versions, self.updates, self.accepted, self.cache, self.keys, self.run):

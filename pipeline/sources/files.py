@@ -29,6 +29,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.events import Line, Origin
+from pipeline.settings import Config, Source
 from pipeline.sources.inbox import Chunk, Inbox
 from pipeline.sources.tail import (
     FilePosition,
@@ -41,7 +42,7 @@ from pipeline.sources.tail import (
     str_of,
 )
 
-__all__ = ["FilePosition", "FilesConnector"]
+__all__ = ["FilePosition", "FilesConnector", "unmatched_sources"]
 
 POLL_S = 0.25
 PIECES = 32  # of a file in a row, 1 MiB: between them the names of all files are looked at
@@ -311,6 +312,12 @@ class FilesConnector:
     def _put(self, chunk: Chunk) -> None:
         if not self._inbox.put(chunk):
             self._stop.set()  # nothing after it may be handed over either
+
+
+def unmatched_sources(config: Config) -> list[Source]:
+    """Sources whose pattern matches no file at present."""
+    sources = (source for source in config.sources if source.kind == "files")
+    return [source for source in sources if not glob.glob(source.path, recursive=True)]  # noqa: PTH207
 
 
 def _siblings(path: str) -> list[str]:

@@ -10,9 +10,18 @@ import zstandard
 
 from pipeline.events import MAX_EVENT_BYTES
 
-__all__ = ["MAGIC_BYTES", "MAX_WINDOW_BYTES", "READ_BYTES", "LineSplitter", "is_packed", "open_stream"]
+__all__ = [
+    "MAGIC_BYTES",
+    "MAX_WINDOW_BYTES",
+    "READ_BYTES",
+    "LineSplitter",
+    "is_cut_short",
+    "is_packed",
+    "open_stream",
+]
 
 READ_BYTES = 32 << 10
+PIECE_BYTES = 256  # of packed input: unpacks to a few MiB at most
 MAGIC_BYTES = 4
 MAX_WINDOW_BYTES = 8 << 20  # a frame that wants more memory than this to unpack is refused
 
@@ -69,6 +78,25 @@ class LineSplitter:
 def is_packed(head: bytes) -> bool:
     """Whether a stream that begins so (4 bytes at least) is zstd."""
     return head[:MAGIC_BYTES] == zstandard.MAGIC_NUMBER.to_bytes(MAGIC_BYTES, "little")
+
+
+def is_cut_short(path: Path) -> bool:
+    """Whether a packed file ends inside a frame: half copied, or written when the power went.
+
+    A reader takes that for the end. Fed in pieces so small that what each unpacks to stays bounded.
+    """
+    with path.open("rb") as file:
+        if not is_packed(file.read(MAGIC_BYTES)):
+            return False
+        file.seek(0)
+        frame = None
+        while piece := file.read(PIECE_BYTES):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+                frame.decompress(piece)
+                piece = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    return frame is not None
 
 
 def open_stream(source: Path | io.RawIOBase) -> BinaryIO:

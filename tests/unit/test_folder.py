@@ -42,7 +42,7 @@ def test_looking_makes_nothing(path: Path) -> None:
         DataFolder.open(path, create=False)
     assert not path.exists()
     path.mkdir(parents=True)
-    with pytest.raises(ForeignFolderError, match="not an Edgewater data folder"):
+    with pytest.raises(StorageError, match="nothing is here yet"):
         DataFolder.open(path, create=False)
     assert list(path.iterdir()) == []
 

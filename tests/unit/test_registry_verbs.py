@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
 from adapters import versions
@@ -94,7 +95,7 @@ def test_versions_are_promoted_by_number_or_name(config: Config, name: str, numb
 
 
 def test_an_unknown_version_is_refused_with_those_there_are(config: Config) -> None:
-    with pytest.raises(VersionError, match="there are: 1, 2, 3"):
+    with pytest.raises(click.UsageError, match="there are: 1, 2, 3"):
         registry_verbs.promote(config, "9")
 
 
