@@ -28,7 +28,7 @@ class SeenHashes:
     """Hashes of the newest `horizon` samples, first in first out, as far as the ring holds them.
 
     Holds the leading 8 bytes of each as an integer: among 200,000 of them a new event is taken for an
-    old one by chance once in 10^14. About 80 bytes a hash.
+    old one by chance once in 10^14. About 100 bytes a hash.
 
     Args:
         horizon: So many samples back.

@@ -99,7 +99,7 @@ class DedupSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How far back a repeated event is recognized."""
 
     horizon_events: Annotated[int, Meta(ge=0, le=10_000_000)] = 200_000
-    """So many events back are remembered, about 125 bytes of memory each; 0 switches all deduplication
+    """So many events back are remembered, about 100 bytes of memory each; 0 switches all deduplication
     off."""
 
 

@@ -5,7 +5,7 @@
     plain, following        another file, not empty    it was rotated: read on to its end, begin the new one
     plain, following        another file, empty        wait: the writer still has the old one
     plain, following        nothing                    wait; once it is deleted, it is done and forgotten
-    plain, finite           the same file, or nothing  take the last line, this file is done
+    plain, finite           the same file, or nothing  take the last line if it is whole; done
     plain, finite           another file               take the last line, begin the new one
     zst                     anything                   done until it grows: then unpacked again from its start
 
@@ -186,9 +186,9 @@ class FilesConnector:
         return True
 
     def _leave_done(self, tail: Tail) -> None:
-        """Leave a file alone until it grows; while we follow, its last line may yet be completed."""
+        """Leave a file alone until it grows; a last line that is no whole JSON may yet be completed."""
         last = tail.splitter.finish()
-        if not tail.broken and (self._finite or all(_is_json(data) for _, data in last)):
+        if not tail.broken and all(_is_json(data) for _, data in last):
             self._send(tail, last)
         self._done[tail.identity] = tail.size
         self._close(tail)

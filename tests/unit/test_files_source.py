@@ -88,8 +88,22 @@ def test_following_waits_for_the_end_of_the_last_line(log: Path) -> None:
         assert reader.settle(0.2) == numbered(1, 1)
 
 
+def test_a_line_that_is_still_being_written_is_left_for_the_next_run(log: Path) -> None:
+    """`run --once` from a timer meets half a line: it is neither lost nor cut in two."""
+    append(log, numbered(1, 1))
+    with log.open("ab") as file:
+        file.write(b'{"line":')
+    with follow(log, finite=True) as reader:
+        assert reader.to_end() == numbered(1, 1)
+        positions = dict(reader.positions)
+    with log.open("ab") as file:
+        file.write(b"2}\n")
+    with follow(log, positions, finite=True) as reader:
+        assert reader.to_end() == numbered(2, 2)
+
+
 def test_windows_line_ends_and_invalid_utf8_come_as_they_are(log: Path) -> None:
-    log.write_bytes(b"one\r\n\r\n\xff\xfe\x00two\r\nthree")
+    log.write_bytes(b"one\r\n\r\n\xff\xfe\x00two\r\nthree\n")
     with follow(log, finite=True) as reader:
         assert reader.to_end() == [b"one", b"\xff\xfe\x00two", b"three"]
         assert [line.offset for line in reader.lines] == [0, 7, 15]
