@@ -16,13 +16,7 @@ __all__ = ["FULL_LEARNING_RATE", "LEARNING_RATE", "GateLimits", "Profile", "Reci
 Profile = Literal["fast", "full", "tiny"]
 
 LEARNING_RATE: Final = 2e-3
-"""Peak rate for rank 16 on the upper blocks; 1e-3 learns half as fast on two streams (NOTES.md, 2026-11-23)."""
-FULL_LEARNING_RATE", "LEARNING_RATE", "GateLimits", "Profile", "Recipe", "adapted_blocks"]
-
-Profile = Literal["fast", "full", "tiny"]
-
-LEARNING_RATE: Final = 1e-3
-"""Peak rate for rank 16 on the upper blocks, below 7B parameters ("LoRA without regret"; measured)."""
+"""Peak rate for rank 16 on the upper blocks of a small model (NOTES.md); 7B and more want 5e-5."""
 FULL_LEARNING_RATE: Final = 5e-4
 """Peak rate when every block is adapted."""
 
