@@ -209,7 +209,7 @@ class UpdateSettings(msgspec.Struct, frozen=True, kw_only=True):
     alpha: Annotated[int, Meta(ge=0, le=1024)] = 0
     """LoRA alpha; 0 is twice the rank. Fixed for the life of a data folder."""
     learning_rate: Annotated[float, Meta(ge=0, le=0.1)] = 0.0
-    """Peak learning rate; 0 takes the profile's (0.001, full 0.0005). Models of 7B parameters and more want
+    """Peak learning rate; 0 takes the profile's (0.002, full 0.0005). Models of 7B parameters and more want
     0.00005."""
     max_steps: Annotated[int, Meta(ge=1, le=100_000)] = 100
     """At most so many optimizer steps an update."""
