@@ -112,6 +112,7 @@ class _Work:
         self.task, self.bench = task, bench
         self.maker = RowMaker(bench.manifest, bench.bytes_of, task.recipe, task.seed)
         self.new = self.maker.read(Path(task.window_file))
+        self._files: dict[str, StoredWindow] = {}  # most past windows are rehearsed too: read once
         self.earlier = [self._read(file) for file in self.maker.choose_windows(task.rehearsal_files)]
         self.past = [(past.window, self._read(past.file)) for past in task.past_files]
         others = self.earlier + [window for _, window in self.past]
@@ -121,7 +122,9 @@ class _Work:
         self.n_new = len(self.rows.train)
 
     def _read(self, file: str) -> StoredWindow:
-        return self.maker.read(Path(file))
+        if file not in self._files:
+            self._files[file] = self.maker.read(Path(file))
+        return self._files[file]
 
     def deal(self) -> list[list[RowRef]]:
         """Deal the steps; none if no sample is left to train on."""

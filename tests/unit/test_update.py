@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters import attempt, bench, checkpoint
+from adapters import attempt, bench, checkpoint, derived
 from adapters.attempt import run_update
 from adapters.model_folder import load_manifest
 from adapters.recipe import GateLimits, Recipe
@@ -167,6 +167,23 @@ def test_the_same_task_gives_the_same_bytes_and_another_seed_others(make_task):
     other = make_task(name="other", seed=12)
     run(other)
     assert adapter_bytes(other) != adapter_bytes(first)
+
+
+def test_a_damaged_cache_is_computed_again(make_task, monkeypatch):
+    """A torn or flipped file is seen by its hash, and the folder keeps to its size."""
+    first = make_task()
+    result = run(first)
+    cache = Path(first.cache_dir)
+    damaged = list(cache.iterdir())
+    for number, path in enumerate(damaged):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if number % 2 else data[:-1] + bytes([data[-1] ^ 1]))
+    again = run(make_task(name="again"))
+    assert again.adapter_sha256 == result.adapter_sha256
+    assert again.criteria == result.criteria
+    monkeypatch.setattr(derived, "MAX_BYTES", 1000)
+    run(make_task(name="small", seed=12))
+    assert damaged and sum(path.stat().st_size for path in cache.iterdir()) <= 1000
 
 
 def test_the_next_window_goes_on_from_its_parent(make_task):
