@@ -26,8 +26,8 @@ WORK_ORDERS, SHORT_WORK_ORDERS = "work-orders.jsonl.zst", 1_800
 WEATHER = "weather.jsonl.zst"
 READINGS_A_WORK_ORDER = 1 / 3
 BURST = 150  # readings that come together: the site reports its weather in blocks, work orders between
-PROMPTS = ("excavator A:", "excavator D: HYDRAULIC", "weather-1 temperature=-5.21C pressure=")
-NEW_TOKENS, SEED, TEMPERATURE = 24, 2, 0.5
+PROMPTS = ("excavator A:", "excavator D: REPLACE R/H", "weather-1 temperature=-5.21C pressure=")
+NEW_TOKENS, SEED, TEMPERATURE = 24, 4, 0.5
 _STREAM, _CONTINUATIONS = "stream.jsonl", "continuations.json"
 
 
