@@ -13,6 +13,7 @@ from storage.ring import Ring
 from storage.windows import RingState
 
 __all__ = [
+    "TABLE_HEAD",
     "Report",
     "VersionReport",
     "WindowReport",
@@ -161,7 +162,7 @@ def _window(row: UpdateRow) -> WindowReport:
     return report
 
 
-_HEAD = (
+TABLE_HEAD = (
     "window",
     "source",
     "samples",
@@ -180,7 +181,7 @@ _FORMAT = "{:>6}  {:<14} {:>7} {:>6} {:>6} {:>6}  {:>11} {:>7}  {:<14} {:>6} {:>
 def _table(report: Report) -> list[str]:
     """Rows by window and source; a window of one source needs one line."""
     lines = ["prequential bits per byte (scored before it is trained on) under base and active version"]
-    lines.append(_FORMAT.format(*_HEAD))
+    lines.append(_FORMAT.format(*TABLE_HEAD))
     for window in report.windows:
         sources = list(window.by_source.items())
         whole = {"base": window.base_bits_per_byte, "active": window.active_bits_per_byte,

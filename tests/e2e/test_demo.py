@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import report
 from tests.e2e.stream import arguments, edgewater, environment
 
 pytestmark = pytest.mark.slow
@@ -27,10 +28,10 @@ def test_a_demo_is_killed_resumed_finished_and_shown_again(tiny_model: Path, tmp
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    report = json.loads(edgewater(*words, "--json").stdout)
-    assert report["events"] == 2_400
-    assert [window["decision"] for window in report["windows"]] == ["promoted"] * 2
-    assert {"cmms", "weather-1"} == set(report["windows"][-1]["by_source"])
+    learned = json.loads(edgewater(*words, "--json").stdout)
+    assert learned["events"] == 2_400
+    assert [window["decision"] for window in learned["windows"]] == ["promoted"] * 2
+    assert {"cmms", "weather-1"} == set(learned["windows"][-1]["by_source"])
     versions = sorted(path.name for path in (state / "versions").iterdir())
 
     shown = edgewater(*words).stdout.decode()
@@ -50,3 +51,10 @@ def test_fresh_deletes_only_what_a_demo_made(tmp_path: Path) -> None:
     refused = edgewater("demo", "--fresh", "--data-dir", str(tmp_path), check=False)
     assert refused.returncode == 3
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_the_readme_shows_what_a_demo_prints() -> None:
+    """Its table has the columns of the real one, and no placeholder is left in it."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert " ".join(report.TABLE_HEAD) in " ".join(text.split())
+    assert "DEMO_OUTPUT" not in text
