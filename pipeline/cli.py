@@ -58,7 +58,7 @@ def recording(command: F) -> F:
     """Give a verb --capture."""
     return click.option(
         "--capture", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-        help="Also record what is ingested, to replay it.",
+        help="Also record what is ingested, as received (not redacted), to replay it.",
     )(command)  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def capture(
     max_events: int,
     as_json: bool,
 ) -> None:
-    """Record every source as received, to replay it later; stores nothing else and moves no position."""
+    """Record every source as received (not redacted), to replay it; stores nothing else, moves no position."""
     from pipeline.recording import record_sources
     from pipeline.units import Size
 
