@@ -224,7 +224,7 @@ def capture(
     max_events: int,
     as_json: bool,
 ) -> None:
-    """Record every source as received (not redacted), to replay it; stores nothing else, moves no position."""
+    """Record every source as received (not redacted), to replay it; stores and acknowledges nothing."""
     from pipeline.recording import record_sources
     from pipeline.units import Size
 
