@@ -21,7 +21,6 @@ import glob
 import hashlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ import msgspec
 
 from pipeline.events import Line, Origin
 from pipeline.settings import Config, Source
-from pipeline.sources.inbox import Chunk, Inbox
+from pipeline.sources.inbox import Chunk, Inbox, ReaderThread
 from pipeline.sources.tail import (
     FilePosition,
     Identity,
@@ -67,14 +66,14 @@ class FilesConnector:
         self._pattern = pattern
         self._finite = finite
         self._timed = timed
-        self._stop = threading.Event()
+        self._thread = ReaderThread()
+        self._stop = self._thread.stopping
         self._here: dict[Identity, str] = {}  # files that match, and where
         self._settled = False  # whether the look before saw the same: else a rotation may be under way
         self._tails: dict[Identity, Tail] = {}  # files that are open
         self._rows: dict[str, FilePosition] = {}  # by input, as the ring holds them or soon will
         self._done: dict[Identity, int] = {}  # files left alone, until their size is another
         self._complaints: dict[str, str] = {}
-        self._thread: threading.Thread | None = None
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """Begin to read in a thread of its own."""
@@ -82,21 +81,16 @@ class FilesConnector:
         decode = msgspec.msgpack.Decoder(FilePosition).decode
         mine = f"{self.name}:"
         self._rows = {name: decode(data) for name, data in positions.items() if name.startswith(mine)}
-        inbox.opened(self)
-        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-        self._thread.start()
+        self._thread.start(self, inbox, self._run)
 
     def acknowledge(self, receipts: list[object]) -> None:
         """Files need none: the position is in the commit."""
 
     def stop(self) -> None:
         """Stop reading."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2)
+        self._thread.stop()
 
     def _run(self) -> None:
-        fault: BaseException | None = None
         try:
             while not self._stop.is_set():
                 moved = self._sweep()
@@ -104,13 +98,12 @@ class FilesConnector:
                     break
                 if not moved:
                     self._stop.wait(POLL_S)
-        except Exception as error:
+        except Exception:
             log.exception("%s stopped", self.name)
-            fault = error
+            raise
         finally:
             for tail in self._tails.values():
                 tail.close()
-            self._inbox.ended(self, fault)
 
     def _sweep(self) -> bool:
         """Read some of every file. Returns: whether anything was read, opened or closed."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
 
 from pipeline.events import Line
 
-__all__ = ["MAX_CHUNKS", "Chunk", "Connector", "Inbox"]
+__all__ = ["MAX_CHUNKS", "Chunk", "Connector", "Inbox", "ReaderThread"]
 
 MAX_CHUNKS = 64  # of at most 32 KiB and one long line each: a few MiB wait at most
 
@@ -102,3 +102,39 @@ class Inbox:
             return self._queue.get(timeout=timeout_s) if timeout_s > 0 else self._queue.get_nowait()
         except queue.Empty:
             return None
+
+
+class ReaderThread:
+    """The thread of a connector: it reads until it ends, breaks or is told to stop, and tells the inbox.
+
+    Attributes:
+        stopping: Set when reading must end; the reading looks at it.
+    """
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, connector: Connector, inbox: Inbox, read: Callable[[], None]) -> None:
+        """Begin to read; what `read` raises is what broke the connector."""
+        inbox.opened(connector)
+        self._thread = threading.Thread(
+            target=self._run, args=(connector, inbox, read), name=connector.name, daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop reading."""
+        self.stopping.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2)
+
+    @staticmethod
+    def _run(connector: Connector, inbox: Inbox, read: Callable[[], None]) -> None:
+        fault: BaseException | None = None
+        try:
+            read()
+        except Exception as error:
+            fault = error
+        finally:
+            inbox.ended(connector, fault)

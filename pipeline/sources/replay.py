@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,7 +12,7 @@ import msgspec
 from pipeline.capture import CaptureLine, read_header
 from pipeline.decode import RefusedError, decode_event, event_time
 from pipeline.events import MAX_EVENT_BYTES, Line, Origin
-from pipeline.sources.inbox import Chunk, Inbox
+from pipeline.sources.inbox import Chunk, Inbox, ReaderThread
 from pipeline.sources.lines import READ_BYTES, LineSplitter, open_stream
 
 __all__ = ["ReplayConnector"]
@@ -34,34 +34,21 @@ class ReplayConnector:
         self.name = "replay"
         self._path = path
         self._speed = speed
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = ReaderThread()
+        self._stop = self._thread.stopping
         self._started: tuple[float, float] | None = None  # (monotonic, recorded) of the first line
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """Begin to read in a thread of its own."""
-        inbox.opened(self)
         offset = int(positions.get(self.name, b"0"))
-        self._thread = threading.Thread(target=self._run, args=(inbox, offset), name=self.name, daemon=True)
-        self._thread.start()
+        self._thread.start(self, inbox, partial(self._read, inbox, offset))
 
     def acknowledge(self, receipts: list[object]) -> None:
         """A file needs none: the position is in the commit."""
 
     def stop(self) -> None:
         """Stop reading."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2)
-
-    def _run(self, inbox: Inbox, offset: int) -> None:
-        fault: BaseException | None = None
-        try:
-            self._read(inbox, offset)
-        except Exception as error:
-            fault = error
-        finally:
-            inbox.ended(self, fault)
+        self._thread.stop()
 
     def _read(self, inbox: Inbox, offset: int) -> None:
         captured: bool | None = None

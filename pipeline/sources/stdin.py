@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import select
-import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import IO, cast
 
 import zstandard
 
 from pipeline.events import Line, Origin
-from pipeline.sources.inbox import Chunk, Inbox
+from pipeline.sources.inbox import Chunk, Inbox, ReaderThread
 from pipeline.sources.lines import MAGIC_BYTES, MAX_WINDOW_BYTES, READ_BYTES, LineSplitter, is_packed
 
 __all__ = ["StdinConnector"]
@@ -30,34 +30,25 @@ class StdinConnector:
         self.name = f"stdin:{source}"
         self._source = source
         self._fd = fd
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = ReaderThread()
+        self._stop = self._thread.stopping
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """Begin to read in a thread of its own."""
-        inbox.opened(self)
-        self._thread = threading.Thread(target=self._run, args=(inbox,), name=self.name, daemon=True)
-        self._thread.start()
+        self._thread.start(self, inbox, partial(self._run, inbox))
 
     def acknowledge(self, receipts: list[object]) -> None:
         """A pipe cannot be told."""
 
     def stop(self) -> None:
         """Stop reading."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2)
+        self._thread.stop()
 
     def _run(self, inbox: Inbox) -> None:
-        fault: BaseException | None = None
         try:
             self._read_all(inbox)
         except zstandard.ZstdError as error:
-            fault = OSError(f"standard input: cannot unpack it further: {error}")
-        except Exception as error:
-            fault = error
-        finally:
-            inbox.ended(self, fault)
+            raise OSError(f"standard input: cannot unpack it further: {error}") from error
 
     def _read_all(self, inbox: Inbox) -> None:
         splitter = LineSplitter()
