@@ -1,0 +1,64 @@
+"""Looking: status, doctor, score."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.commands.common import DONE, FAILED, Context, configured, say, with_json
+
+__all__ = ["doctor", "score", "status"]
+
+
+@click.command()
+@configured
+@with_json
+def status(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What is stored, learned and active."""
+    from pipeline.looking import status as look
+
+    report, text = look(Context(path, overrides).load())
+    say(report, text, as_json)
+
+
+@click.command()
+@configured
+@with_json
+def doctor(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check everything that can be wrong; exit 1 if something is."""
+    from pipeline.doctor import examine, format_findings
+
+    findings = examine(Context(path, overrides))
+    say([finding.to_dict() for finding in findings], format_findings(findings), as_json)
+    sys.exit(FAILED if any(finding.level == "wrong" for finding in findings) else DONE)
+
+
+@click.command()
+@configured
+@with_json
+@click.argument("texts", nargs=-1)
+@click.option("--file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Score its lines.")
+@click.option("--version", "names", multiple=True, metavar="N|active|base",
+              help="Under which versions [default: base and active].")  # fmt: skip
+def score(
+    path: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    texts: tuple[str, ...],
+    file: Path | None,
+    names: tuple[str, ...],
+) -> None:
+    """Bits per byte of texts under the base and versions: how well each predicts them."""
+    from pipeline.looking import score_texts
+
+    try:
+        lines = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"{file} is not UTF-8 text", param_hint="--file") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise click.UsageError("give a text, or --file")
+    rows, text = score_texts(Context(path, overrides).load(), lines, list(names))
+    say(rows, text, as_json)

@@ -1,0 +1,188 @@
+"""The loop: demo, run, ingest, train, replay, capture, update."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.commands.common import Context, configured, recording, say, with_json
+
+__all__ = ["capture", "demo", "ingest", "replay", "run", "train", "update"]
+
+
+@click.command()
+@with_json
+@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), default=Path("edgewater-demo"),
+              show_default=True, help="Where the demo keeps its state.")  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="All 5,485 work orders instead of the first 1,800.")
+@click.option("--fresh", is_flag=True, help="Delete what an earlier demo left and start over.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+def demo(as_json: bool, data_dir: Path, everything: bool, fresh: bool, overrides: tuple[str, ...]) -> None:
+    """The whole loop on a real stream, with the embedded model."""
+    from pipeline.demo import run_demo
+
+    run_demo(data_dir.absolute(), everything=everything, fresh=fresh, as_json=as_json, overrides=overrides)
+
+
+@click.command()
+@configured
+@click.option("--once", is_flag=True, help="End when the sources are drained and due updates are decided.")
+@click.option("--no-updates", is_flag=True, help="Only ingest.")
+@click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
+@recording
+def run(
+    path: Path | None,
+    overrides: tuple[str, ...],
+    once: bool,
+    no_updates: bool,
+    max_events: int,
+    capture: Path | None,
+) -> None:
+    """The daemon: ingest and trainer, supervised, until SIGTERM."""
+    from pipeline.running import run_gateway
+
+    context = Context(path, overrides)
+    config = context.load(require_sources=True)
+    code = run_gateway(
+        config,
+        context.arguments(),
+        once=once or bool(max_events),
+        updates=not no_updates,
+        max_events=max_events,
+        capture=capture.absolute() if capture else None,
+    )
+    sys.exit(code)
+
+
+@click.command()
+@configured
+@click.option("--finite", is_flag=True, help="End when the sources are drained.")
+@click.option("--lockstep", is_flag=True, help="Wait at each window's close until it is decided.")
+@click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
+@recording
+@click.option("--replay", type=click.Path(path_type=Path, exists=True, dir_okay=False), hidden=True)
+@click.option("--speed", type=float, default=0.0, hidden=True)
+def ingest(
+    path: Path | None,
+    overrides: tuple[str, ...],
+    finite: bool,
+    lockstep: bool,
+    max_events: int,
+    capture: Path | None,
+    replay: Path | None,
+    speed: float,
+) -> None:
+    """Only the ingest process: sources into the ring."""
+    from pipeline.roles import run_ingest
+
+    config = Context(path, overrides).load(require_sources=replay is None)
+    run_ingest(
+        config,
+        finite=finite,
+        lockstep=lockstep,
+        max_events=max_events,
+        capture=capture,
+        replay=replay,
+        speed=speed,
+    )
+
+
+@click.command()
+@configured
+@click.option("--lockstep", is_flag=True, help="Never merge or delay windows: the stream waits for each.")
+@click.option("--reports", is_flag=True, hidden=True)
+def train(path: Path | None, overrides: tuple[str, ...], lockstep: bool, reports: bool) -> None:
+    """Only the trainer: due windows into versions."""
+    from pipeline.roles import run_trainer
+
+    run_trainer(Context(path, overrides).load(), lockstep=lockstep, reports=reports)
+
+
+@click.command()
+@configured
+@with_json
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--into", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Data folder of its own.")  # fmt: skip
+@click.option("--speed", type=click.FloatRange(min=0), default=0.0,
+              help="1 as recorded, 10 ten times as fast, 0 as fast as possible [default].")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on after a kill.")
+@click.option("--no-updates", is_flag=True, help="Only ingest.")
+def replay(
+    path: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    file: Path,
+    into: Path,
+    speed: float,
+    resume: bool,
+    no_updates: bool,
+) -> None:
+    """Feed a capture, or plain lines of events, again; print what was learned."""
+    from pipeline.progress import Progress
+    from pipeline.running import run_replay
+
+    context = Context(path, overrides)
+    own = (f"data_dir={json.dumps(str(into.absolute()))}", 'health.listen=""')
+    report = run_replay(
+        context.load(*own), context.arguments(*own), file.absolute(), resume=resume, speed=speed,
+        updates=not no_updates, progress=Progress(),
+    )  # fmt: skip
+    _print_report(report, as_json)
+
+
+@click.command()
+@configured
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Folder to record into.")  # fmt: skip
+@click.option("--max-file-bytes", default="64MiB", show_default=True, help="Begin a new file at this size.")
+@click.option(
+    "--max-files", type=click.IntRange(min=0), default=0, help="Keep only the newest so many files."
+)
+@click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
+@with_json
+def capture(
+    path: Path | None,
+    overrides: tuple[str, ...],
+    out: Path,
+    max_file_bytes: str,
+    max_files: int,
+    max_events: int,
+    as_json: bool,
+) -> None:
+    """Record every source as received (not redacted), to replay it; stores and acknowledges nothing."""
+    from pipeline.recording import record_sources
+    from pipeline.units import Size
+
+    try:
+        size = int(Size.parse(max_file_bytes))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--max-file-bytes") from None
+    config = Context(path, overrides).load(require_sources=True)
+    lines, last = record_sources(config, out, max_file_bytes=size, max_files=max_files, max_events=max_events)
+    say(
+        {"lines": lines, "file": str(last)},
+        f"{lines:,} lines recorded" + (f", the last into {last}" if lines else ""),
+        as_json,
+    )
+
+
+@click.command()
+@configured
+@with_json
+def update(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train now: ask ingest to close the open window at its next tick."""
+    from pipeline.looking import request_update
+
+    number = request_update(Context(path, overrides).load())
+    say({"request": number}, f"request {number} noted; a running ingest honours it within a second", as_json)
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    from pipeline.report import format_report
+
+    say(report, format_report(report), as_json)
