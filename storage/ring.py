@@ -149,6 +149,7 @@ class Ring:
                 window=commit.window,
                 counters=dict(commit.counters),
                 request=commit.request,
+                clock=commit.clock,
             )
             for first_seq, block in blocks:
                 txn.put(_U64.pack(b"b", first_seq), block)

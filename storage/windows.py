@@ -9,6 +9,7 @@ import msgspec
 from storage.block import Samples
 
 __all__ = [
+    "ClockState",
     "ClosedWindow",
     "Commit",
     "DeadLetter",
@@ -34,6 +35,20 @@ class OpenWindow(msgspec.Struct, frozen=True):
     samples: int = 0
     tokens: int = 0
     first_arrival: float = 0.0
+
+
+class ClockState(msgspec.Struct, frozen=True):
+    """How stream time follows arrivals whose clock was moved; `pipeline.clock` explains and owns it.
+
+    Attributes:
+        offset: Stream time less arrival, seconds; 0 while nothing is wrong.
+        pending: The arrival since which this offset is on trial, seconds; 0 while it is not.
+        settled: The last offset that stood its trial, seconds.
+    """
+
+    offset: float = 0.0
+    pending: float = 0.0
+    settled: float = 0.0
 
 
 class ClosedWindow(msgspec.Struct, frozen=True):
@@ -87,6 +102,7 @@ class RingState(msgspec.Struct, frozen=True):
         counters: Events by outcome: "events", "samples", "duplicates", "suppressed", "dead_letters".
         request: Number of the last update request that closed a window or found none to close.
         dead_first, dead_next, dead_bytes: Bounds of the dead-letter database.
+        clock: What stream time adds to the arrivals.
     """
 
     commits: int = 0
@@ -100,6 +116,7 @@ class RingState(msgspec.Struct, frozen=True):
     dead_first: int = 0
     dead_next: int = 0
     dead_bytes: int = 0
+    clock: ClockState = ClockState()
 
 
 class RingHeader(msgspec.Struct, frozen=True):
@@ -131,6 +148,7 @@ class Commit(msgspec.Struct, frozen=True):
         references: Source name -> reference values of its deadband, only those that changed.
         dead_letters: Refused inputs.
         request: Last honoured update request.
+        clock: What stream time adds to the arrivals, after this commit.
     """
 
     samples: Samples
@@ -142,6 +160,7 @@ class Commit(msgspec.Struct, frozen=True):
     references: Mapping[str, bytes] = {}
     dead_letters: Sequence[DeadLetter] = ()
     request: int = 0
+    clock: ClockState = ClockState()
 
 
 class RingUsage(msgspec.Struct, frozen=True):
