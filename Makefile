@@ -33,7 +33,7 @@ format: install  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 bench: install  ## run the benchmarks (minutes)
-	@set -e; for bench in $(sort $(wildcard tests/bench/bench_*.py)); do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+	@set -e; for bench in $(sort $(filter-out tests/bench/_%,$(wildcard tests/bench/*.py))); do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

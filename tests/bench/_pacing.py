@@ -7,16 +7,16 @@ commits a thousand times a second hides it. `Journal` does with system calls wha
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.bench._device import syncfs
 
 __all__ = ["Journal"]
 
 _COMMIT_S = 5.0  # ext4's default commit=
 _WRITEBACK_S = 30.0  # vm.dirty_expire_centisecs
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Journal:
@@ -28,7 +28,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
-        self._folder = os.open(folder, os.O_RDONLY)
+        self._folder = folder
         self._files = [os.open(file, os.O_RDONLY) for file in files if file.exists()]
         self._began = -1.0
         self._written = 0.0
@@ -41,12 +41,11 @@ class Journal:
             self._began = -1.0
         if now - self._written >= _WRITEBACK_S:
             self._written = now
-            if _libc.syncfs(self._folder):
-                raise OSError(ctypes.get_errno(), "syncfs failed")
+            syncfs(self._folder)
         if self._began < 0:
             self._began = now
 
     def close(self) -> None:
         """Let go of the files."""
-        for fd in (self._folder, *self._files):
+        for fd in self._files:
             os.close(fd)

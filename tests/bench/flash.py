@@ -50,6 +50,9 @@ GB = 1e9
 TURNS = 2  # how often the steady ring is filled again
 TARGETS = {"bulk": 0.35, "flush": 1.0, "eco": 0.25}
 PROFILES = {"flush": 2.0, "eco": 10.0}  # seconds between commits
+SETTLE_S = (
+    36.0  # the journal's timer and the inodes' write-back come that late; a sync would force them early
+)
 DEVICE_BYTES = 4 << 30
 Make = Callable[[Path], Store]
 
@@ -111,14 +114,16 @@ def bulk(setup: Setup) -> list[Phase]:
         young = feed(store, device, stream, "young", lambda n: store.ring.state.tail_seq > 0)
         turn = store.ring.state.next_seq // BULK
         steady = feed(store, device, stream, "steady", lambda n: n >= TURNS * turn)
-    phases = [first, young, steady]
-    for make in setup.others():
-        phases += bulk_other(setup, make, [(p.phase, p.commits) for p in phases[:3]])
-    return phases
+    stretches = [(p.phase, p.commits) for p in (first, young, steady)]
+    zeroed = bulk_other(setup, setup.edgewater(zero_filled=True), stretches[:2])
+    for phase in zeroed:
+        phase.store += ", zero-filled"
+    others = [phase for make in setup.others() for phase in bulk_other(setup, make, stretches)]
+    return [first, young, steady, *zeroed, *others]
 
 
 def bulk_other(setup: Setup, make: Make, stretches: Sequence[tuple[str, int]]) -> list[Phase]:
-    """A plain store over the same stretches of the stream."""
+    """Another store over the same stretches of the stream."""
     with setup.device() as device, contextlib.closing(make(device.folder)) as store:
         stream = setup.stream(BULK)
         return [feed(store, device, stream, name, _after(count)) for name, count in stretches]
@@ -228,40 +233,55 @@ def pace(store: Store, device: Device, stream: Iterator[list[bytes]], commits: i
     return device.written() - before
 
 
+class Lane(msgspec.Struct):
+    """One store on its own device, committing by the clock."""
+
+    store: Store
+    device: Device
+    stream: Iterator[list[bytes]]
+    state: str
+    profile: str
+    commits: int = 0
+    before: int = 0
+
+    @property
+    def every_s(self) -> float:
+        """Seconds between commits."""
+        return PROFILES[self.profile]
+
+    def row(self) -> dict[str, object]:
+        """What it wrote since `before`."""
+        written = self.device.written() - self.before
+        return _day(self.store.name, self.state, self.profile, self.commits, written, self.every_s)
+
+
 def real(setup: Setup, seconds: float) -> list[dict[str, object]]:
     """The same against the clock: every store in both profiles side by side, each on its own device."""
     with contextlib.ExitStack() as stack:
         lanes = []
-        for profile, every_s in PROFILES.items():
-            for name, make, turns in _paced_lanes(setup):
-                device = stack.enter_context(setup.device())
-                store = stack.enter_context(contextlib.closing(make(device.folder)))
-                stream = setup.stream(round(EVENTS_A_SECOND * every_s))
-                if isinstance(store, EdgewaterStore):
-                    fill(store, stream, turns)
-                lanes.append((store, device, stream, name, profile))
-        before = [device.written() for _, device, *_ in lanes]
-        commits = run_clock(
-            [(store, stream, PROFILES[profile]) for store, _, stream, _, profile in lanes], seconds
-        )
-        written = [device.written() - b for (_, device, *_), b in zip(lanes, before, strict=True)]
-        return [
-            _day(store.name, name, profile, n, w, PROFILES[profile])
-            for (store, _, _, name, profile), n, w in zip(lanes, commits, written, strict=True)
-        ]
+        for profile, (name, make, turns) in itertools.product(PROFILES, _paced_lanes(setup)):
+            device = stack.enter_context(setup.device())
+            store = stack.enter_context(contextlib.closing(make(device.folder)))
+            stream = setup.stream(round(EVENTS_A_SECOND * PROFILES[profile]))
+            if isinstance(store, EdgewaterStore):
+                fill(store, stream, turns)
+            lanes.append(Lane(store, device, stream, name, profile))
+        for lane in lanes:
+            lane.before = lane.device.written()
+        run_clock(lanes, seconds)
+        time.sleep(SETTLE_S)
+        return [lane.row() for lane in lanes]
 
 
-def run_clock(lanes: Sequence[tuple[Store, Iterator[list[bytes]], float]], seconds: float) -> list[int]:
-    """Commit each lane whenever its time comes. Returns: commits of each."""
+def run_clock(lanes: Sequence[Lane], seconds: float) -> None:
+    """Commit each lane whenever its time comes."""
     began = time.monotonic()
-    commits = [0] * len(lanes)
     while (now := time.monotonic() - began) < seconds:
-        for i, (store, stream, every_s) in enumerate(lanes):
-            if commits[i] * every_s <= now:
-                store.commit(next(stream))
-                commits[i] += 1
+        for lane in lanes:
+            if lane.commits * lane.every_s <= now:
+                lane.store.commit(next(lane.stream))
+                lane.commits += 1
         time.sleep(0.02)
-    return commits
 
 
 def _day(
@@ -300,9 +320,8 @@ def main() -> None:
     name, lines = _streams.readings(args.pump)
     ring_mib, hours = (4, args.hours / 4) if args.quick else (args.ring_mib, args.hours)
     setup = Setup(lines, BatchTokenizer(default_model_dir()), args.scratch, ring_mib << 20, args.mount)
-    print(
-        f"{name}: {len(lines):,} readings, {sum(map(len, lines)) / len(lines):.0f} B each; ring {ring_mib} MiB"
-    )
+    mean = sum(map(len, lines)) / len(lines)
+    print(f"{name}: {len(lines):,} readings, {mean:.0f} B each; ring {ring_mib} MiB")
     figures: dict[str, object] = {"stream": name, "ring_bytes": setup.ring_bytes, "mount": args.mount}
     if "1" in args.parts:
         figures["bulk"] = report_bulk(bulk(setup))
