@@ -110,6 +110,7 @@ class Item(msgspec.Struct, frozen=True):
         key: Its key; b"" for an overflow value that no leaf names (raw scan only).
         value: Its bytes; None where they were not asked for.
         page: The leaf (or, without a key, the overflow page) that it was found in.
+        at: Offset of the value in the file.
         size: Length of the value, bytes.
         overflow: First page of the value's own pages, 0 where it lies in the leaf.
     """
@@ -117,6 +118,7 @@ class Item(msgspec.Struct, frozen=True):
     key: bytes
     value: bytes | None
     page: int
+    at: int
     size: int
     overflow: int
 
@@ -321,16 +323,24 @@ def _overflow(file: PageFile, first: int, size: int, last_page: int, leaf: int) 
     return int(pages)
 
 
-def _value(file: PageFile, data: bytes, node: _Node) -> tuple[bytes, int]:
-    """A leaf node's value, and its first overflow page or 0; the run was checked before."""
+def _place(file: PageFile, number: int, data: bytes, node: _Node) -> tuple[int, int]:
+    """Offset in the file of a leaf node's value, and its first overflow page or 0."""
+    if not node[2]:
+        return number * file.page_bytes + node[3], 0
+    (first,) = _NUMBER.unpack_from(data, node[3])
+    return first * file.page_bytes + _HEADER_BYTES, first
+
+
+def _value(file: PageFile, data: bytes, node: _Node) -> bytes:
+    """A leaf node's value; its run of overflow pages was checked before."""
     _, size, flags, at = node
     if not flags:
-        return data[at : at + size], 0
+        return data[at : at + size]
     (first,) = _NUMBER.unpack_from(data, at)
     value = file.read(first * file.page_bytes + _HEADER_BYTES, size)
     if len(value) != size:
         raise _DamagedError(first, "lies past the end of the file")
-    return value, first
+    return value
 
 
 # -- trees ------------------------------------------------------------------------------------------
@@ -345,16 +355,19 @@ class _Walk:
         self.branch_pages = self.leaf_pages = self.overflow_pages = self.entries = 0
         self._name, self._integers = name, name == "free list"
 
-    def leaves(self, root: int, depth: int) -> Iterator[tuple[int, bytes, list[_Node]]]:
+    def leaves(self, root: int, depth: int, start: bytes = b"") -> Iterator[tuple[int, bytes, list[_Node]]]:
         """(page, bytes, nodes) of every leaf that can be reached, in order of keys.
 
         Args:
             depth: Of the tree, at which all leaves must lie; 0 if it is not known.
+            start: Leaves whose keys all come before it are left out.
         """
         # Entries: page, its level, and the keys that its own must lie between (None where unbounded).
         stack: list[tuple[int, int, bytes | None, bytes | None]] = [(root, 1, None, None)]
         while stack:
             number, level, low, high = stack.pop()
+            if start and high is not None and high <= start:
+                continue
             try:
                 self._take(number, 1)
                 kinds = (_LEAF if level == depth else _BRANCH) if depth else _BRANCH | _LEAF
@@ -368,6 +381,9 @@ class _Walk:
                 self._check_values(number, data, nodes)
             except _DamagedError as error:
                 self.note(error.page, error.words)
+                continue
+            except OSError as error:  # a bad sector
+                self.note(number, f"cannot be read: {error.strerror}")
                 continue
             self.leaf_pages += 1
             self.entries += len(nodes)
@@ -465,7 +481,7 @@ def _mark_freed(walk: _Walk, number: int, data: bytes, nodes: list[_Node], txn: 
 def _freed(walk: _Walk, number: int, data: bytes, node: _Node) -> tuple[int, ...]:
     """Pages of one record: a count, then so many numbers, falling."""
     size = node[1] if not node[2] else min(node[1], 8 * (walk.last_page + 1))  # no list is longer
-    value = _value(walk.file, data, (node[0], size, node[2], node[3]))[0]
+    value = _value(walk.file, data, (node[0], size, node[2], node[3]))
     if size < 8 or _NUMBER.unpack_from(value)[0] > size // 8 - 1:
         raise _DamagedError(number, "a list longer than its record")
     ids = struct.unpack_from(f"<{_NUMBER.unpack_from(value)[0]}Q", value, 8)
@@ -503,6 +519,7 @@ def items(
     *,
     last_page: int,
     depth: int = 0,
+    start: bytes = b"",
     wanted: Callable[[bytes], bool] = lambda key: True,
     problems: list[PageProblem] | None = None,
 ) -> Iterator[Item]:
@@ -510,22 +527,24 @@ def items(
 
     Args:
         root, depth: As the meta page says; depth 0 if it is not known.
+        start: First key wanted; pages that lie before it are not read.
         wanted: By key, whether the value is read; else it is None.
         problems: Takes what was skipped and why.
     """
     walk = _Walk(file, "tree", last_page, bytearray(min(last_page, max(file.pages - 1, 1)) + 1))
     if problems is not None:
         walk.problems = problems
-    for number, data, nodes in walk.leaves(root, depth) if root != NO_PAGE else ():
+    for number, data, nodes in walk.leaves(root, depth, start) if root != NO_PAGE else ():
         for node in nodes:
-            key, size, flags, at = node
-            overflow = _NUMBER.unpack_from(data, at)[0] if flags else 0
-            try:
-                value = _value(file, data, node)[0] if wanted(key) else None
-            except _DamagedError as error:
-                walk.note(error.page, error.words)
+            if node[0] < start:
                 continue
-            yield Item(key, value, number, size, overflow)
+            try:
+                value = _value(file, data, node) if wanted(node[0]) else None
+            except (_DamagedError, OSError) as error:
+                walk.note(number, str(error))
+                continue
+            at, overflow = _place(file, number, data, node)
+            yield Item(node[0], value, number, at, node[1], overflow)
 
 
 # -- without a tree ---------------------------------------------------------------------------------
@@ -557,8 +576,12 @@ def raw_items(file: PageFile, *, orphans: bool = True) -> Iterator[Item]:
             pages = _RUN.unpack(file.read(number * file.page_bytes, _RUN.size))[3]
             if 1 <= pages <= file.pages - number:
                 size = pages * file.page_bytes - _HEADER_BYTES
-                value = file.read(number * file.page_bytes + _HEADER_BYTES, size)
-                yield Item(b"", value, number, len(value), number)
+                at = number * file.page_bytes + _HEADER_BYTES
+                try:
+                    value = file.read(at, size)
+                except OSError:
+                    continue
+                yield Item(b"", value, number, at, len(value), number)
 
 
 def root_candidates(file: PageFile, leaf: int) -> list[int]:
@@ -616,7 +639,8 @@ def _loose_nodes(file: PageFile, number: int, data: bytes, lower: int) -> Iterat
         try:
             if flags:
                 _overflow(file, _NUMBER.unpack_from(data, value_at)[0], size, last_page, number)
-            value, overflow = _value(file, data, node)
+            value = _value(file, data, node)
         except (_DamagedError, OSError):
             continue
-        yield Item(node[0], value, number, size, overflow)
+        at, overflow = _place(file, number, data, node)
+        yield Item(node[0], value, number, at, size, overflow)

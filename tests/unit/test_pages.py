@@ -242,3 +242,14 @@ def test_a_root_is_found_again_from_its_last_leaf(tmp_path: Path) -> None:
         meta = newest_meta(read_metas(file)[0])
         last = list(items(file, meta.main.root, last_page=meta.last_page))[-1].page
         assert meta.main.root in root_candidates(file, last)
+
+
+def test_a_walk_from_a_key_on_leaves_out_what_comes_before(tmp_path: Path) -> None:
+    expected = make(tmp_path, 2000, 60)
+    start = expected[len(expected) // 2][0]
+    with PageFile(tmp_path / "data.mdb") as file:
+        meta = newest_meta(read_metas(file)[0])
+        found = list(items(file, meta.main.root, last_page=meta.last_page, start=start))
+        values = [file.read(item.at, item.size) for item in found]
+    assert [(item.key, item.value) for item in found] == expected[len(expected) // 2 :]
+    assert values == [item.value for item in found]
