@@ -37,6 +37,7 @@ class Context:
         self.path, self.overrides = config, overrides
 
     def load(self, *more: str, require_sources: bool = False) -> Config:
+        """Read it. Raises: ConfigError with all faults."""
         from pipeline import config
 
         path = self.path or config.find()
@@ -83,14 +84,14 @@ def fail(code: int | None, message: str, error: Exception | None = None) -> NoRe
     sys.exit(code)
 
 
-def say(data: Any, text: str, as_json: bool) -> None:
-    """Print an answer: the text for people, or the data as JSON."""
+def say(data: Any, text: str, as_json: bool, *, err: bool = False) -> None:
+    """Print an answer: the text for people, or the data as JSON; to standard error where output is data."""
     if not as_json:
-        click.echo(text)
+        click.echo(text, err=err)
         return
     import msgspec
 
-    click.echo(msgspec.json.format(msgspec.json.encode(data)).decode())
+    click.echo(msgspec.json.format(msgspec.json.encode(data)).decode(), err=err)
 
 
 def say_both(answer: tuple[Any, str], as_json: bool) -> None:

@@ -1,0 +1,207 @@
+"""`edgewater ring`: look at the ring, back it up into one file, and make a ring of such a file."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from pipeline.config import Config
+from pipeline.looking import SHARD
+from pipeline.progress import Progress
+from storage.block import read_header
+from storage.errors import StorageError
+from storage.export import Exported, export_ring, export_to_file, import_ring
+from storage.folder import DataFolder
+from storage.registry import Registry
+from storage.ring import Ring
+from storage.walk import walk
+
+__all__ = ["RingInfo", "export_from", "import_into", "ring_info"]
+
+SILENT_S = 1.0
+
+
+class RingInfo(msgspec.Struct, frozen=True):
+    """How a ring stands.
+
+    Attributes:
+        map_bytes, live_bytes: Size of the file, which never changes, and what of it is in use.
+        first_seq, next_seq, samples: What it holds.
+        oldest, newest: Stream time of the oldest commit that is held and of the newest, seconds.
+        blocks, block_bytes, raw_bytes: Blocks, and their size with and without compression.
+        bytes_a_sample: Of the blocks.
+        closed_windows, open_window, open_samples: Number of the newest closed window and of the open one.
+    """
+
+    folder: str
+    format: int
+    tokenizer_id: str
+    map_bytes: int
+    live_bytes: int
+    commits: int
+    first_seq: int
+    next_seq: int
+    samples: int
+    oldest: float | None
+    newest: float | None
+    blocks: int
+    block_bytes: int
+    raw_bytes: int
+    bytes_a_sample: float | None
+    closed_windows: int
+    open_window: int
+    open_samples: int
+    dead_letters: int
+
+
+def ring_info(config: Config) -> tuple[RingInfo, str]:
+    """Look at the ring, live or at rest; takes no lock."""
+    with ExitStack() as stack:
+        ring = _open(stack, config)
+        state, usage = ring.read_state(), ring.usage()
+        headers = [
+            (read_header(head), size)
+            for _, (head, size) in walk(
+                ring, b"b", state.tail_seq, state.next_seq, lambda data: (bytes(data[:128]), len(data))
+            )
+        ]
+        block_bytes = sum(size for _, size in headers)
+        samples = sum(header.samples for header, _ in headers)
+        info = RingInfo(
+            folder=str(ring.folder),
+            format=ring.header.format,
+            tokenizer_id=ring.header.tokenizer_id,
+            map_bytes=usage.map_bytes,
+            live_bytes=usage.live_bytes,
+            commits=state.commits,
+            first_seq=headers[0][0].first_seq if headers else state.next_seq,
+            next_seq=state.next_seq,
+            samples=samples,
+            oldest=headers[0][0].arrival if headers else None,
+            newest=state.stream_time if state.commits else None,
+            blocks=len(headers),
+            block_bytes=block_bytes,
+            raw_bytes=sum(header.raw_bytes for header, _ in headers),
+            bytes_a_sample=block_bytes / samples if samples else None,
+            closed_windows=state.window.window - 1,
+            open_window=state.window.window,
+            open_samples=state.window.samples,
+            dead_letters=state.dead_next - state.dead_first,
+        )
+    return info, _format_info(info)
+
+
+def export_from(config: Config, target: Path | BinaryIO) -> tuple[dict[str, Any], str]:
+    """Back the ring up into a file, or a stream; takes no lock, ingest may run."""
+    with ExitStack() as stack:
+        ring, show = _open(stack, config), _shown(stack, "exporting the ring")
+        if isinstance(target, Path):
+            done = export_to_file(ring, target, show)
+        else:
+            done = export_ring(ring, target, show)
+    place = str(target) if isinstance(target, Path) else "-"
+    return {"file": place, "samples": done.samples, **msgspec.to_builtins(done)}, _format_export(done, place)
+
+
+def import_into(config: Config, source: Path | BinaryIO, max_bytes: int) -> tuple[dict[str, Any], str]:
+    """Make the ring of a data folder that has none. Raises: StorageError if it has one, LockHeldError."""
+    with ExitStack() as stack:
+        show = _shown(stack, "importing the ring")
+        folder = DataFolder.open(config.data_dir, create=True)
+        stack.callback(folder.close)
+        for role in (f"ingest-{SHARD}", "admin"):
+            stack.enter_context(folder.lock(role))
+        file = _seekable(stack, source, folder)
+        done = import_ring(
+            file, folder.ring / SHARD, max_bytes, next_window=_next_window(folder), progress=show
+        )
+    lines = [
+        f"{done.next_seq - done.first_seq:,} samples, seqs {done.first_seq:,} to {done.next_seq:,}, "
+        f"{done.blocks:,} blocks, are the ring of {folder.path}",
+        f"window {done.window} is open",
+    ]
+    if done.left_out:
+        lines.append(f"the oldest {done.left_out:,} samples of the file were left out: the ring is smaller")
+    return {"data_dir": str(folder.path), **msgspec.to_builtins(done)}, "\n".join(lines)
+
+
+def _open(stack: ExitStack, config: Config) -> Ring:
+    folder = DataFolder.open(config.data_dir, create=False)
+    stack.callback(folder.close)
+    place = folder.ring / SHARD
+    if not place.is_dir():
+        raise StorageError("no ring here yet", path=place, hint="run Edgewater once")
+    return stack.enter_context(Ring.open_reader(place))
+
+
+def _shown(stack: ExitStack, label: str) -> Callable[[float, str], None]:
+    """Progress of work that may be long; what is done within a second shows none."""
+    progress, begun = Progress(), time.monotonic()
+    stack.callback(progress.clear)
+
+    def show(share: float, words: str) -> None:
+        if time.monotonic() - begun > SILENT_S:
+            progress.show(label, share, words)
+
+    return show
+
+
+def _seekable(stack: ExitStack, source: Path | BinaryIO, folder: DataFolder) -> BinaryIO:
+    """The export as a file; a pipe's bytes go into one without a name, since they are read twice."""
+    if isinstance(source, Path):
+        return stack.enter_context(source.open("rb"))
+    file = stack.enter_context(tempfile.TemporaryFile(dir=folder.path))  # noqa: SIM115 - the stack closes it
+    shutil.copyfileobj(source, file, 1 << 20)
+    return file
+
+
+def _next_window(folder: DataFolder) -> int:
+    """The number after the last window that the registry knows: an older backup must not give it again."""
+    if not folder.registry.is_dir():
+        return 1
+    with Registry.open_reader(folder.registry) as registry:
+        return 1 + max([registry.cursor(SHARD), *(row.last_window for row in registry.updates(SHARD))])
+
+
+def _format_info(info: RingInfo) -> str:
+    lines = [
+        f"ring         {info.folder} (format {info.format}, tokenizer {info.tokenizer_id})",
+        f"size         {info.live_bytes >> 10:,} of {info.map_bytes >> 10:,} KiB in use",
+        f"samples      {info.samples:,}, seqs {info.first_seq:,} to {info.next_seq:,},"
+        f" {info.commits:,} commits",
+    ]
+    if info.oldest is not None and info.newest is not None:
+        lines.append(f"stream time  {_time(info.oldest)} to {_time(info.newest)}")
+    if info.bytes_a_sample is not None:
+        ratio = info.raw_bytes / max(1, info.block_bytes)
+        lines.append(
+            f"blocks       {info.blocks:,}, {info.block_bytes >> 10:,} KiB,"
+            f" {info.bytes_a_sample:.1f} bytes a sample, packed {ratio:.1f} to 1"
+        )
+    lines.append(
+        f"windows      {info.closed_windows:,} closed, window {info.open_window} open"
+        f" with {info.open_samples:,} samples"
+    )
+    lines.append(f"dead letters {info.dead_letters:,}")
+    return "\n".join(lines)
+
+
+def _format_export(done: Exported, place: str) -> str:
+    lines = [
+        f"{done.samples:,} samples, seqs {done.first_seq:,} to {done.next_seq:,}, {done.blocks:,} blocks,"
+        f" {done.bytes:,} bytes" + (f" in {place}" if place != "-" else ""),
+    ]
+    if done.evicted:
+        lines.append(f"{done.evicted:,} of the oldest samples were evicted while it ran: they are not in it")
+    return "\n".join(lines)
+
+
+def _time(stream_time: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(stream_time))
