@@ -2,12 +2,13 @@
 
 The workload writes them, the auditor computes them again: neither needs to be told by the other what a ring
 should hold after commit number n. The sizes are those that LMDB treats differently: a few samples (a value
-inside a leaf page), a hundred, and a thousand (a value on pages of its own).
+inside a leaf page), a thousand short ones, and a few dozen long ones (values on pages of their own).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import struct
 from array import array
@@ -17,16 +18,26 @@ from itertools import accumulate, pairwise
 from storage.block import Samples
 from storage.windows import ClosedWindow, Commit, DeadLetter, OpenWindow
 
-__all__ = ["MAP_BYTES", "SHARD", "TOKENIZER", "Moment", "Plan"]
+__all__ = ["MAP_BYTES", "SHARD", "TOKENIZER", "Moment", "Plan", "say"]
 
 MAP_BYTES = 1 << 20
 SHARD = "main"
 TOKENIZER = "00112233aabbccdd"
 WINDOW_SAMPLES = 400
+SHORT_TOKENS, LONG_TOKENS = 7, 256  # a sample has fewer than this
 INPUTS = ("file-a", "file-b", "file-c", "file-d", "file-e")
 _SOURCES = ("pump-1", "cmms", "hmi")
 _KINDS = ("reading", "text", "exchange", "feedback")
 _DIGEST_HEAD = struct.Struct("<dI")
+
+
+def _long(number: int) -> bool:
+    return number % 10 in {6, 9} or number % 20 == 13
+
+
+def say(line: str) -> None:
+    """Tell the world outside, at once and in one piece: from here it relies on what the line says."""
+    os.write(1, f"{line}\n".encode())
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Plan:
         self.seed, self.commits = seed, commits
         self._sizes = [self._size(number) for number in range(1, commits + 1)]
         self._ends = list(accumulate(self._sizes, initial=0))
-        self._all = self._make_samples(self._ends[-1])
+        self._all = self._make_samples()
         self._tokens = list(accumulate(self._all.lengths, initial=0))
         self._letter_ends = list(accumulate((self._letters_of(n) for n in range(1, commits + 1)), initial=0))
         self._digests = self._chain()
@@ -74,34 +85,37 @@ class Plan:
 
     def _size(self, number: int) -> int:
         rng = random.Random(f"size {self.seed} {number}")
-        # Every third is large enough for overflow pages, one in ten holds no sample at all.
+        if _long(number):
+            return rng.randint(30, 60)
         match number % 10:
             case 0:
                 return 0
-            case 3 | 6 | 9:
-                return rng.randint(700, 1_000)
+            case 3:
+                return rng.randint(900, 1_000)
             case 5:
                 return rng.randint(60, 140)
             case _:
                 return rng.randint(1, 5)
 
-    def _make_samples(self, count: int) -> Samples:
+    def _make_samples(self) -> Samples:
         lengths, ids, mask, hashes = array("I"), array("I"), bytearray(), []
-        for seq in range(count):
-            random_bytes = hashlib.shake_128(f"sample {self.seed} {seq}".encode()).digest(32)
-            length = random_bytes[0] % 7
-            tokens = array("H", random_bytes[2 : 2 + 2 * length])
+        numbers = [n for n, size in enumerate(self._sizes, 1) for _ in range(size)]
+        for seq, number in enumerate(numbers):
+            most = LONG_TOKENS if _long(number) else SHORT_TOKENS
+            random_bytes = hashlib.shake_128(f"sample {self.seed} {seq}".encode()).digest(18 + 2 * most)
+            length = random_bytes[0] % most
+            tokens = array("H", random_bytes[18 : 18 + 2 * length])
             lengths.append(length)
             # Now and then an id that needs 32 bits, which widens its block's whole column.
             ids.extend(token + 65_536 if seq % 5_000 == 17 else token for token in tokens)
             mask.extend(bytes(length) if seq % 300 == 5 else b"\x01" * length)
-            hashes.append(random_bytes[16:])
+            hashes.append(random_bytes[2:18])
         return Samples(
             0,
-            [_SOURCES[seq % 3] for seq in range(count)],
-            [_KINDS[seq % 4] for seq in range(count)],
-            ["crew-b" if seq % 11 == 0 else "" for seq in range(count)],
-            array("d", [1_700_000_000.0 + seq / 4 for seq in range(count)]),
+            [_SOURCES[seq % 3] for seq in range(len(numbers))],
+            [_KINDS[seq % 4] for seq in range(len(numbers))],
+            ["crew-b" if seq % 11 == 0 else "" for seq in range(len(numbers))],
+            array("d", [1_700_000_000.0 + seq / 4 for seq in range(len(numbers))]),
             lengths,
             ids,
             mask,
