@@ -42,13 +42,13 @@ class ClockState(msgspec.Struct, frozen=True):
 
     Attributes:
         offset: Stream time less arrival, seconds; 0 while nothing is wrong.
-        pending: The arrival since which this offset is on trial, seconds; 0 while it is not.
-        settled: The last offset that stood its trial, seconds.
+        pending: First arrival after a step forward that does not count yet, seconds; 0 while there is none.
+        behind: First arrival of a clock that lies behind, seconds; 0 while there is none.
     """
 
     offset: float = 0.0
     pending: float = 0.0
-    settled: float = 0.0
+    behind: float = 0.0
 
 
 class ClosedWindow(msgspec.Struct, frozen=True):

@@ -1,0 +1,105 @@
+"""Stream time: what the arrivals' clock says, less what only its being moved explains.
+
+A gateway's clock is set by NTP, by hand or by nobody, and a board without a battery starts in 1970. Windows,
+ages and eviction follow stream time, so no single step of the clock may close a window or evict by age, and
+a clock that is put right again must not leave stream time standing. `follow` decides that for one arrival
+after the other, from nothing but the arrivals, so that a replay decides the same and batches do not matter.
+
+An arrival *fits* when it lies less than 60 s behind stream time and at most 24 h ahead of it. Rules in
+order, the first that holds; `pending` and `behind` are those of ClockState:
+
+| the arrival | stream time | state after |
+|---|---|---|
+| is 0: an event without a time | stands | unchanged |
+| is the first | is it | no offset |
+| fits as it is: the clock is right (again) | goes to it, never back | no offset |
+| with the offset, lies 60 s or more behind | stands | `behind` is the first of these arrivals |
+| ... and these went on for 60 s | goes on, and makes up for the 60 s | an offset for their clock |
+| with the offset, lies more than 24 h ahead | stands | an offset that makes it now, `pending` |
+| ... and so did the one before: a sparse stream | goes to the one before | as above, for this one |
+| with the offset, fits | goes on with it | unchanged |
+| ... and those since `pending` cover 24 h | goes to the arrival: a leap | no offset |
+
+Why these numbers. 60 s: threads, devices and files hand lines over in slightly the wrong order, and NTP
+slews or steps by seconds; to stand for so long costs an age nothing. The same 60 s before a lower clock is
+believed: while one that is ahead speaks at least so often, it leads, and sources whose clocks differ take
+no turns in pushing stream time forward. 24 h: a box that was off for a night comes back at once. A longer gap
+cannot be told from a clock set wrong, so it counts when it proved to last.
+
+A sparse stream, each event days after the one before, is then stamped one event late and no more: an
+event after a gap shows that the one before was no slip. Gaps of years are only believed after 24 h with an
+event in each, because a clock that is wrong by years (1970, 2038, the 1,024 weeks of GPS) may well step
+twice. A live stream is never sparse: it ticks once a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from storage.windows import ClockState
+
+__all__ = ["HOLD_S", "LEAP_S", "LONGEST_GAP_S", "follow"]
+
+HOLD_S = 60.0
+LEAP_S = 86_400.0
+LONGEST_GAP_S = 366 * 86_400.0
+_RIGHT = ClockState()
+
+
+def follow(
+    stream_time: float, clock: ClockState, arrivals: Iterable[float]
+) -> tuple[list[float], ClockState]:
+    """Turn arrivals into stream times; equal for equal sequences, however they are cut into calls.
+
+    Args:
+        stream_time: That before them, seconds; 0 where nothing ever arrived.
+        clock: The state before them.
+        arrivals: Seconds since 1970, in the order in which they came.
+    Returns: The stream time of each, never decreasing, and the state after them.
+    """
+    times: list[float] = []
+    for arrival in arrivals:
+        if clock is _RIGHT and 0.0 <= arrival - stream_time <= LEAP_S:  # nearly all
+            stream_time = arrival
+        else:
+            stream_time, clock = _step(stream_time, clock, arrival)
+        times.append(stream_time)
+    return times, clock
+
+
+def _step(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockState]:
+    """Take one arrival: the table of this module, row by row."""
+    if not arrival:
+        return now, clock
+    if not now:
+        return max(arrival, 0.0), _RIGHT
+    if -HOLD_S < arrival - now <= LEAP_S:
+        return max(now, arrival), _RIGHT
+    step = arrival + clock.offset - now
+    if step <= -HOLD_S:
+        return _step_behind(now, clock, arrival)
+    if step > LEAP_S:
+        return _step_ahead(now, clock, arrival)
+    pending = clock.pending
+    if pending and clock.behind:
+        pending = arrival  # another clock spoke in between: the 24 h begin anew
+    if pending and arrival - pending >= LEAP_S:
+        return max(now, arrival), _RIGHT
+    return max(now, now + step), ClockState(clock.offset, pending)
+
+
+def _step_behind(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockState]:
+    lasted = arrival - clock.behind
+    if not clock.behind or not -HOLD_S < lasted <= LEAP_S:
+        return now, ClockState(clock.offset, clock.pending, arrival)
+    if lasted < HOLD_S:
+        return now, clock
+    return now + lasted, ClockState(now - clock.behind)
+
+
+def _step_ahead(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockState]:
+    if clock.pending and -clock.offset <= LONGEST_GAP_S:
+        now -= clock.offset  # to the arrival before
+    offset = now - arrival
+    # Where stream time is ahead of this clock even so, there is nothing to make up for later.
+    return now, ClockState(offset, arrival if offset < 0 else 0.0)
