@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from typing import TypeVar
 
 import bytewax.operators as op
 from bytewax.dataflow import Dataflow
@@ -22,6 +23,8 @@ from pipeline.sources.inbox import Inbox
 __all__ = ["Step", "build_flow"]
 
 Step = Callable[[Batch], Batch]
+T = TypeVar("T")
+Guarded = Callable[[Batch], list[T]]
 # A time in the past: always ready. The wait is the queue's, so a clock that steps back stalls nothing.
 _NOW = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 
@@ -81,8 +84,8 @@ def build_flow(
     inbox: Inbox,
     assembler: Assembler,
     stopping: Callable[[], bool],
-    steps: dict[str, Step],
-    commit: Callable[[Batch], Committed],
+    steps: dict[str, Guarded[Batch]],
+    commit: Guarded[Committed],
     done: Callable[[Committed], None],
     max_events: int = 0,
 ) -> Dataflow:
@@ -91,7 +94,7 @@ def build_flow(
     Args:
         inbox, assembler: Where Batches come from.
         stopping: True when the flow must end: the last Batch is still committed.
-        steps: Name -> step, in order.
+        steps: Name -> step, in order; each returns what goes on, nothing once one of them failed.
         commit: The writing step.
         done: Called with what each Batch became.
         max_events: End after at least so many inputs; 0 never.
@@ -100,7 +103,7 @@ def build_flow(
     limit = max_events or 1 << 62
     stream = op.input("source", flow, _Source(lambda: _Partition(assembler, inbox, stopping, limit)))
     for name, step in steps.items():
-        stream = op.map(name, stream, step)
-    committed = op.map("commit", stream, commit)
+        stream = op.flat_map(name, stream, step)
+    committed = op.flat_map("commit", stream, commit)
     op.output("done", committed, _Sink(done))
     return flow

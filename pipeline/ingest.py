@@ -131,7 +131,7 @@ def _run(
     flow = build_flow(
         inbox=inbox,
         assembler=Assembler(inbox, limits, finite=options.finite),
-        stopping=stop.is_set,
+        stopping=lambda: stop.is_set() or bool(faults),
         steps={name: _guarded(step, faults) for name, step in steps.items()},
         commit=_guarded(commit, faults),
         done=metrics.observe if metrics else lambda committed: None,
@@ -142,14 +142,12 @@ def _run(
         connector.start(inbox, positions)
     try:
         run_main(flow)  # type: ignore[no-untyped-call]
-    except Exception:
-        if faults:
-            raise faults[0] from None
-        raise
     finally:
         inbox.closed.set()
         for connector in connectors:
             connector.stop()
+    if faults:
+        raise faults[0]
     if inbox.fault is not None:
         raise inbox.fault
 
@@ -185,15 +183,20 @@ def _trigger(config: Config) -> ThresholdTrigger:
     return ThresholdTrigger(trigger.min_samples, trigger.min_tokens, float(trigger.max_age))
 
 
-def _guarded(step: Callable[[Batch], T], faults: list[BaseException]) -> Callable[[Batch], T]:
-    """Note a step's own error: Bytewax wraps it in one that says nothing."""
+def _guarded(step: Callable[[Batch], T], faults: list[BaseException]) -> Callable[[Batch], list[T]]:
+    """Note a step's own error, and let nothing through any more: the source then ends the flow.
 
-    def guarded(batch: Batch) -> T:
+    Raised into Bytewax it would end the flow as well, but behind a panic's backtrace of fifty lines.
+    """
+
+    def guarded(batch: Batch) -> list[T]:
+        if faults:
+            return []
         try:
-            return step(batch)
+            return [step(batch)]
         except Exception as error:
             faults.append(error)
-            raise
+            return []
 
     return guarded
 
