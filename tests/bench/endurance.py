@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--ring", default="256MiB")
     parser.add_argument("--scratch", type=Path, default=scratch_folder(), help="where the ring lies")
     args, _ = parser.parse_known_args()
+    args.events += -args.events % PERIOD  # whole periods, so that the counts are known
     every = min(EVERY, max(args.events // 20, 1_000))
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="edgewater-bench-") as work:
         data_dir = Path(work) / "data"
