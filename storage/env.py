@@ -45,32 +45,36 @@ def create_environment(folder: Path, map_bytes: int, rows: Mapping[bytes, bytes]
         folder: The environment's folder; must not exist.
         map_bytes: Size of the map and of the file, fixed for its life, bytes.
         rows: What whoever opens it must find, its header above all.
-    Raises: StorageError if the disk has no room for it.
+    Raises: StorageError if the disk has no room for it or fails; nothing is left behind then.
     """
     # 1. folder.new/ is made with the rows, synced.   Crash: a stray folder.new, deleted at the next start.
     # 2. Renamed to folder, synced.                   Crash: no environment, or a complete one.
     # (LMDB killed inside its first meta write leaves a file that it cannot open: hence aside.)
     aside = folder.with_name(folder.name + ".new")
     remove_folder(aside)
+    try:
+        _create_aside(aside, map_bytes, rows)
+        aside.rename(folder)
+        fsync_folder(folder.parent)
+    except (OSError, lmdb.Error) as error:
+        remove_folder(aside)
+        hint = f"free {map_bytes >> 20} MiB or lower ring.max_bytes; look at the disk if there is room"
+        raise StorageError(f"cannot set aside {map_bytes} bytes: {error}", path=folder, hint=hint) from error
+
+
+def _create_aside(aside: Path, map_bytes: int, rows: Mapping[bytes, bytes]) -> None:
     aside.mkdir(mode=0o700)
     with _lmdb_open(aside, map_bytes, readonly=False) as env, env.begin(write=True) as txn:
         for key, value in rows.items():
             txn.put(key, value)
-    data = aside / "data.mdb"
-    fd = os.open(data, os.O_RDWR)
+    fd = os.open(aside / "data.mdb", os.O_RDWR)
     try:
         os.posix_fallocate(fd, 0, map_bytes)
         os.fsync(fd)
-    except OSError as error:
-        remove_folder(aside)
-        hint = f"free {map_bytes >> 20} MiB or lower ring.max_bytes"
-        raise StorageError(f"cannot set aside {map_bytes} bytes: {error}", path=folder, hint=hint) from error
     finally:
         os.close(fd)
     (aside / "lock.mdb").unlink(missing_ok=True)
     fsync_folder(aside)
-    aside.rename(folder)
-    fsync_folder(folder.parent)
 
 
 def open_environment(folder: Path, *, readonly: bool = False) -> lmdb.Environment:
