@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test torture lint format bench clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -22,6 +22,9 @@ demo: install  ## learn from the streams that ship with the project, and print w
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+torture: install  ## the crash suite whole: 20,000 power cuts, 5,000 kills (minutes; --states, --kills, --seed, --only)
+	$(BIN)/python -m tests.crash.torture $(ARGS)
 
 lint: install  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .

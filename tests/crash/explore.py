@@ -84,17 +84,19 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(name).resolve()
 
 
-def record_workload(workload: str, seed: int, work: Path) -> Recording:
+def record_workload(workload: str, seed: int, work: Path, *, first: str = "") -> Recording:
     """Prepare a workload in `work` (which exists) and record its run.
 
+    Args:
+        first: Statements that the recorded program runs first; a self-test breaks our code with them.
     Raises: RecordingError.
     """
     root = work / "root"
     root.mkdir(mode=0o700)
     module = importlib.import_module(f"tests.crash.{workload}")
     module.prepare(root, seed)
-    code = f"from pathlib import Path; from tests.crash import {workload} as w; "
-    code += f"w.run(Path({str(root)!r}), {seed})"
+    code = f"{first}\nfrom pathlib import Path\nfrom tests.crash import {workload} as workload\n"
+    code += f"workload.run(Path({str(root)!r}), {seed})\n"
     return record([sys.executable, "-B", "-c", code], work, cwd=REPOSITORY)
 
 

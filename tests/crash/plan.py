@@ -24,7 +24,7 @@ MAP_BYTES = 1 << 20
 SHARD = "main"
 TOKENIZER = "00112233aabbccdd"
 WINDOW_SAMPLES = 400
-SHORT_TOKENS, LONG_TOKENS = 7, 256  # a sample has fewer than this
+LONG_TEXT_BYTES = 640  # a text is kept with each sample, because it is the cheapest way to fill a ring
 INPUTS = ("file-a", "file-b", "file-c", "file-d", "file-e")
 _SOURCES = ("pump-1", "cmms", "hmi")
 _KINDS = ("reading", "text", "exchange", "feedback")
@@ -86,7 +86,7 @@ class Plan:
     def _size(self, number: int) -> int:
         rng = random.Random(f"size {self.seed} {number}")
         if _long(number):
-            return rng.randint(30, 60)
+            return rng.randint(70, 120)
         match number % 10:
             case 0:
                 return 0
@@ -98,18 +98,19 @@ class Plan:
                 return rng.randint(1, 5)
 
     def _make_samples(self) -> Samples:
-        lengths, ids, mask, hashes = array("I"), array("I"), bytearray(), []
+        lengths, ids, mask, hashes, texts = array("I"), array("I"), bytearray(), [], []
         numbers = [n for n, size in enumerate(self._sizes, 1) for _ in range(size)]
         for seq, number in enumerate(numbers):
-            most = LONG_TOKENS if _long(number) else SHORT_TOKENS
-            random_bytes = hashlib.shake_128(f"sample {self.seed} {seq}".encode()).digest(18 + 2 * most)
-            length = random_bytes[0] % most
-            tokens = array("H", random_bytes[18 : 18 + 2 * length])
+            most = LONG_TEXT_BYTES if _long(number) else 0
+            random_bytes = hashlib.shake_128(f"sample {self.seed} {seq}".encode()).digest(32 + most)
+            length = random_bytes[0] % 7
+            tokens = array("H", random_bytes[2 : 2 + 2 * length])
             lengths.append(length)
             # Now and then an id that needs 32 bits, which widens its block's whole column.
             ids.extend(token + 65_536 if seq % 5_000 == 17 else token for token in tokens)
             mask.extend(bytes(length) if seq % 300 == 5 else b"\x01" * length)
-            hashes.append(random_bytes[2:18])
+            hashes.append(random_bytes[16:32])
+            texts.append(random_bytes[32 : 32 + most * random_bytes[1] // 255].hex())
         return Samples(
             0,
             [_SOURCES[seq % 3] for seq in range(len(numbers))],
@@ -120,6 +121,7 @@ class Plan:
             ids,
             mask,
             b"".join(hashes),
+            texts,
         )
 
     def _chain(self) -> list[bytes]:
