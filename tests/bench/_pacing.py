@@ -16,7 +16,7 @@ from tests.bench._device import syncfs
 
 __all__ = ["Journal"]
 
-_COMMIT_S = 5.0  # ext4's default commit=
+_COMMIT_S = 5.0  # ext4's default
 TICK_S = 0.01
 _WRITEBACK_S = 30.0  # vm.dirty_expire_centisecs
 
@@ -27,9 +27,14 @@ class Journal:
     Args:
         folder: Of the file system.
         files: What the commits write.
+        mount: Mount options; commit=N is the timer.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path], mount: str = "") -> None:
+        named = [
+            option.removeprefix("commit=") for option in mount.split(",") if option.startswith("commit=")
+        ]
+        self._commit_s = float(named[-1]) if named else _COMMIT_S
         self._folder = folder
         self._files = [os.open(file, os.O_RDONLY) for file in files if file.exists()]
         self._began = -1.0
@@ -37,7 +42,7 @@ class Journal:
 
     def before_commit(self, now: float) -> None:
         """Do what was due before `now`, seconds."""
-        if self._began >= 0 and now - self._began >= _COMMIT_S:
+        if self._began >= 0 and now - self._began >= self._commit_s:
             for file in self._files:
                 os.fsync(file)  # ends the running transaction if it holds this inode, writes no data
             self._began = -1.0

@@ -205,7 +205,7 @@ def paced(setup: Setup, seconds: float) -> list[dict[str, object]]:
                 if isinstance(store, EdgewaterStore):
                     fill(store, stream, turns)
                 commits = round(seconds / every_s)
-                written = pace(store, device, stream, commits, every_s)
+                written = pace(store, device, stream, commits, every_s, setup.mount)
             rows.append(_day(store.name, name, profile, commits, written, every_s))
     return rows
 
@@ -221,9 +221,11 @@ def _paced_lanes(setup: Setup) -> list[tuple[str, Make, float]]:
     ]
 
 
-def pace(store: Store, device: Device, stream: Iterator[list[bytes]], commits: int, every_s: float) -> int:
+def pace(
+    store: Store, device: Device, stream: Iterator[list[bytes]], commits: int, every_s: float, mount: str = ""
+) -> int:
     """Commit so often with the journal's timers in between. Returns: bytes written."""
-    journal = Journal(device.folder, store.touched())
+    journal = Journal(device.folder, store.touched(), mount)
     before = device.written()
     for n, lines in enumerate(itertools.islice(stream, commits)):
         journal.before_commit(n * every_s)
@@ -308,7 +310,7 @@ def main() -> None:
     parser.add_argument("--ring-mib", type=int, default=16)
     parser.add_argument("--hours", type=float, default=1.0, help="of stream time, in part 3")
     parser.add_argument("--real-seconds", type=float, default=0.0, help="also run part 4 for so long")
-    parser.add_argument("--mount", default="", help="mount options, as in lazytime")
+    parser.add_argument("--mount", default="", help="mount options, as in commit=60")
     parser.add_argument("--scratch", type=Path, default=_device.scratch_folder(), help="where images lie")
     parser.add_argument("--parts", default="123", help="which of the parts 1 to 3 to run")
     parser.add_argument("--quick", action="store_true", help="a 4 MiB ring and a quarter of the time")
