@@ -26,12 +26,13 @@ from storage.ring import Ring
 from storage.windows import ClosedWindow, RingState
 from tests.crash.audit import Violation, check_contents, check_eviction
 from tests.crash.life_ingest import SOURCE, IngestLife, Sent, Traffic, hash_of, write_config
-from tests.crash.lives import Life, Lives, Point
+from tests.crash.lives import Call, Life, Lives, Point
 
-__all__ = ["PROGRAM", "Chain", "Shape", "Points", "points_of", "shape_of"]
+__all__ = ["PROGRAM", "Chain", "Shape", "Calls", "calls_of", "pick", "shape_of"]
 
 PROGRAM = "tests.crash.life_ingest"
 SHARD = "main"
+LEAST_CALLS = 4  # of a commit: one or two writes of pages, a flush, the meta page, the acknowledgement
 _HEAD = struct.Struct("<dI")
 
 
@@ -163,6 +164,11 @@ class Chain:
         self._check_texts(samples)
         return Quiet(state, samples, windows, _digests(samples), life)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all lines are acknowledged (a file's never are)."""
+        return self.acked == self.shape.lines
+
     @cached_property
     def restart(self) -> Life:
         """A life that finds its data folder, with little left to do."""
@@ -195,16 +201,22 @@ class Chain:
             chunk=shape.chunk, window=shape.window, files=shape.files,
         )  # fmt: skip
 
-    def live(self, point: Point | None, again: int = 0, *, traced: bool = False) -> Life:
+    def live(self, point: Point | None, reach: int = 0, again: int = 0, cheat: str = "") -> Life:
         """Live once, from what was acknowledged, and note what is acknowledged now.
 
         Args:
             point: Where to be hurt; None lives to the end.
+            reach: Send no more than commits of about so many calls need, so that there is something left to
+                do after it; 0 sends all. Files are always read to their end.
             again: So many acknowledged lines are sent again first.
+            cheat: A promise that it breaks (`IngestLife.cheat`).
         """
         first = max(self.acked - again, 0)
         self.began.append(first)
-        life = self._lives.run(self._order(str(self._config), first), point, traced=traced)
+        lines = (reach // LEAST_CALLS + 2) * self.shape.chunk * self.shape.window if reach else 1 << 30
+        end = min(self.acked + lines, self.shape.lines)
+        order = msgspec.structs.replace(self._order(str(self._config), first), end=end, cheat=cheat)
+        life = self._lives.run(order, point)
         told = [int(line) for line in life.out.splitlines(keepends=True) if line.endswith(b"\n")]
         self.acked = max([self.acked, *told])
         return life
@@ -308,20 +320,40 @@ class Chain:
             _same("end", "open window", state.window, quiet.window)
 
 
-class Points(msgspec.Struct, frozen=True):
-    """Every point of an undisturbed life: until the ring's first commit, and from it on."""
+class Calls(msgspec.Struct, frozen=True):
+    """Every call of an undisturbed life: until the ring's first commit, and from it on."""
 
-    before: list[Point]
-    after: list[Point]
+    before: list[Call]
+    after: list[Call]
 
 
-def points_of(life: Life) -> Points:
-    """Where a life like this one can be hurt: each call of its main thread, which is the one that commits."""
+def calls_of(life: Life, *, own: bool = False) -> Calls:
+    """Where a life like this one can be hurt: the calls of its main thread, which is the one that commits.
+
+    Args:
+        own: Leave out what it says to the outside, on standard output and error.
+    """
     mine = [call for call in life.calls if call.thread == life.pid]
-    points = [Point(call.name, call.number) for call in mine]
+    mine = [call for call in mine if not (own and call.path.endswith(("/out", "/err")))]
     ring = f"/ring/{SHARD}/data.mdb"
     first = next((i for i, call in enumerate(mine) if call.path.endswith(ring)), len(mine))
-    return Points(points[:first], points[first:])
+    return Calls(mine[:first], mine[first:])
+
+
+def pick(
+    rng: random.Random, starting: list[Call], later: list[Call], what: str = "SIGKILL"
+) -> tuple[Point, int]:
+    """A point of a life that finds its data folder: in its start, in its first commits, or further on.
+
+    Mostly early: the traffic is soon over where each lifetime gets far, and with it the chain.
+    Returns: The point, and how many calls of commits such a life must make to be sure to come there.
+    """
+    dice = rng.random()
+    if dice < 0.15:
+        return rng.choice(starting).point(what), 1
+    reach = 24 if dice < 0.5 else len(later) // (12 if dice < 0.95 else 2)
+    reach = max(min(reach, len(later)), 1)
+    return later[rng.randrange(reach)].point(what), reach
 
 
 def _timeless(row: ClosedWindow) -> ClosedWindow:

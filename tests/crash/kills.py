@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.crash import ingest_chain, publish_chain
 from tests.crash.audit import Violation
-from tests.crash.ingest_chain import Chain, Shape, points_of, shape_of
+from tests.crash.ingest_chain import Chain, Shape, calls_of, pick, shape_of
 from tests.crash.lives import Life, Lives, Point, cannot_trace
 from tests.crash.publish_chain import PublishChain, make_site
 
@@ -100,39 +100,25 @@ def kill_ingest(
     """
     counts = Counts(chains=1)
     with Chain(lives, model, work, shape) as chain:
-        creating, going_on = points_of(chain.quiet.life), points_of(chain.restart)
+        creating, going_on = calls_of(chain.quiet.life), calls_of(chain.restart)
+        creations = rng.choice((0, 1, 3, 6))
         point: Point | None = None
-        ended = False
         try:
-            for _ in range(rng.choice((0, 1, 2, 4))):
-                point = rng.choice(creating.before)
-                ended = counts.book(chain.live(point))
-                chain.audit(ended=ended)
-            for _ in range(limit):
-                if ended:
+            for number in range(limit):
+                if number < creations:
+                    point, reach = rng.choice(creating.before).point(), 1
+                else:
+                    point, reach = pick(rng, going_on.before, creating.after)
+                ended = counts.book(chain.live(point, reach, again=rng.choice((0, 0, 5, 25))))
+                chain.audit()
+                if chain.complete or (ended and shape.files):
                     break
-                point = _pick(rng, going_on.before, creating.after)
-                ended = counts.book(chain.live(point, again=rng.choice((0, 0, 5, 25))))
-                chain.audit(ended=ended)
-            if not ended:
-                point = None
-                counts.book(chain.live(None))
-                chain.audit(ended=True)
+            point = None
+            counts.book(chain.live(None))
+            chain.audit(ended=True)
         except Violation as error:
             raise Violation(error.invariant, f"lifetime {len(chain.began)}, {point}: {error}") from error
     return counts
-
-
-def _pick(rng: random.Random, starting: list[Point], later: list[Point]) -> Point:
-    """A point of a life that finds its data folder: in its start, in its first commits, or further on.
-
-    Mostly early: the traffic is soon over where each lifetime gets far, and with it the chain.
-    """
-    dice = rng.random()
-    if dice < 0.15:
-        return rng.choice(starting)
-    reach = 24 if dice < 0.5 else len(later) // (12 if dice < 0.95 else 2)
-    return later[rng.randrange(max(min(reach, len(later)), 1))]
 
 
 def kill_publish(lives: Lives, model: Path, site: Path, work: Path, rng: random.Random) -> Counts:
@@ -149,7 +135,7 @@ def kill_publish(lives: Lives, model: Path, site: Path, work: Path, rng: random.
     life = quiet.live(None, traced=True)
     counts.book(life)
     quiet.audit(recover=True, ended=True)
-    points = publish_chain.points_of(life)
+    points = [call.point() for call in life.calls if call.thread == life.pid]
     chain = PublishChain(lives, model, site, work / "killed")
     point: Point | None = None
     try:

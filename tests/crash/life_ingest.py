@@ -17,18 +17,23 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 import pipeline.cli
+import pipeline.commit
 import pipeline.config_check
 import pipeline.health  # verbs import late what they need; here it is paid for once, not in each lifetime
 import pipeline.ingest
 import pipeline.roles
+from pipeline.commit import CommitStep, Committed
 from pipeline.config import Config
-from pipeline.events import Line, Origin
+from pipeline.events import Batch, Line, Origin
 from pipeline.sources.inbox import Chunk, Connector, Inbox, ReaderThread
+from storage.errors import WriteFailedError
+from storage.ring import Commit, Ring
+from storage.windows import RingState
 from tests.crash.lives import serve
 
 __all__ = ["SOURCE", "IngestLife", "Sent", "Traffic", "write_config"]
@@ -127,6 +132,8 @@ class IngestLife(msgspec.Struct, frozen=True):
         chunk: Lines a chunk.
         window: Chunks that may wait for their acknowledgement.
         files: Read the configured files instead, as `edgewater ingest --finite` does.
+        cheat: A promise to break, to see that the auditor notices: "early" acknowledges before the commit,
+            "stubborn" goes on after a failed one, "forgetful" starts without its dedup memory.
     """
 
     config: str
@@ -137,6 +144,7 @@ class IngestLife(msgspec.Struct, frozen=True):
     chunk: int = 5
     window: int = 1
     files: bool = False
+    cheat: Literal["", "early", "stubborn", "forgetful"] = ""
 
 
 class Sender:
@@ -231,8 +239,34 @@ def live(argument: bytes) -> None:
             return [Sender(life)]
 
         pipeline.ingest.connectors_of = sender
+    _cheat(life.cheat)
     sys.argv = ["edgewater", "ingest", "--finite", "--config", life.config]
     pipeline.cli.main()
+
+
+def _cheat(how: str) -> None:
+    """Break one promise."""
+    commit, step = Ring.commit, CommitStep.__call__
+    if how == "early":
+
+        def acknowledge_first(self: CommitStep, batch: Batch) -> Committed:
+            pipeline.commit._acknowledge(batch)
+            batch.receipts = []
+            return step(self, batch)
+
+        CommitStep.__call__ = acknowledge_first  # type: ignore[method-assign]
+    elif how == "stubborn":
+
+        def try_again(self: Ring, wanted: Commit) -> RingState:
+            try:
+                return commit(self, wanted)
+            except WriteFailedError:
+                self._dead = ""
+                return commit(self, wanted)
+
+        Ring.commit = try_again  # type: ignore[assignment, method-assign]
+    elif how == "forgetful":
+        Ring.newest_hashes = lambda self, count: []  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

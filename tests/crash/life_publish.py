@@ -25,7 +25,9 @@ import pipeline.roles
 import storage.wake
 from adapters.child import Ending, Progress
 from adapters.gate import at_least
+from adapters.trainer import TrainerSettings
 from adapters.update import RESULT_FILE, UpdateResult, UpdateTask, read_result
+from pipeline.config import Config
 from storage.durable import write_file_durably
 from tests.crash.lives import serve
 
@@ -92,11 +94,20 @@ def live(argument: bytes) -> None:
     os.environ[pipeline.roles.SUPERVISED] = str(os.getppid())
 
     def train(task: Path, stop: threading.Event, progress: Progress, log_file: Path) -> Ending:
-        return _train(task, log_file, life.reject)
+        try:
+            return _train(task, log_file, life.reject)
+        except OSError:
+            return Ending.FAILED  # as a process of its own that ends with an error
+
+    def without_waiting(config: Config, *, lockstep: bool) -> TrainerSettings:
+        made: TrainerSettings = settings(config, lockstep=lockstep)
+        return msgspec.structs.replace(made, retry_s=0.0)
 
     def nothing_is_due(waker: storage.wake.Waker, timeout_s: float) -> NoReturn:
         sys.exit(0)
 
+    settings = pipeline.roles.trainer_settings
+    vars(pipeline.roles)["trainer_settings"] = without_waiting
     vars(adapters.trainer)["run_child"] = train
     storage.wake.Waker.wait = nothing_is_due  # type: ignore[assignment, method-assign]
     vars(pipeline.config_check)["_MIN_RING_BYTES"] = 1 << 20

@@ -76,6 +76,10 @@ class Call(msgspec.Struct, frozen=True):
     path: str
     text: str
 
+    def point(self, what: str = "SIGKILL") -> Point:
+        """The point at which a life like this one is hurt by this call."""
+        return Point(self.name, self.number, what)
+
 
 class Life(msgspec.Struct, frozen=True):
     """What a lifetime left.

@@ -25,7 +25,7 @@ from tests.crash.life_ingest import IngestLife, write_config
 from tests.crash.life_publish import PublishLife, adapter_of
 from tests.crash.lives import Life, Lives, Point
 
-__all__ = ["PROGRAM", "PublishChain", "make_site", "points_of"]
+__all__ = ["PROGRAM", "PublishChain", "make_site"]
 
 PROGRAM = "tests.crash.life_publish"
 WINDOWS, WINDOW_SAMPLES = 3, 34
@@ -166,11 +166,6 @@ class PublishChain:
         """Windows of the ring with their first and last seqs."""
         with Ring.open_reader(self.data / "ring" / SHARD) as ring:
             return {row.window: (row.first_seq, row.last_seq) for row in ring.windows()}
-
-
-def points_of(life: Life) -> list[Point]:
-    """Every point of an undisturbed life."""
-    return [Point(call.name, call.number) for call in life.calls if call.thread == life.pid]
 
 
 def _tree(path: Path) -> dict[str, bytes]:

@@ -1,0 +1,220 @@
+"""Error sweeps: a write, flush or rename that fails, anywhere in a process's life, with the auditor outside.
+
+    python -m tests.crash.errors --errors 500 --seed 1
+
+A writer that met an error must end, say so in one line, and acknowledge nothing after it: what a failed flush
+left in memory says nothing about the disk, and a second flush would report success (FAULTS 7).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.crash import ingest_chain, publish_chain
+from tests.crash.audit import Violation
+from tests.crash.ingest_chain import Chain, Shape, calls_of, pick, shape_of
+from tests.crash.kills import prepared_model
+from tests.crash.lives import Life, Lives, cannot_trace
+from tests.crash.publish_chain import PublishChain, make_site
+
+__all__ = ["ERRORS", "Counts", "check_end", "fail_ingest", "fail_publish", "sweep"]
+
+ERRORS = ("EIO", "ENOSPC")
+LIVES_A_CHAIN = 16
+PUBLISH_SHARE = 4  # every fourth chain is of trainers
+
+
+@dataclass
+class Counts:
+    """What a sweep did.
+
+    Attributes:
+        errors: Calls that failed.
+        missed: Lifetimes that ended before their point.
+        chains: Data folders.
+        at: Errors by system call and error number.
+        violations: What did not hold, each with how to see it again.
+    """
+
+    errors: int = 0
+    missed: int = 0
+    chains: int = 0
+    at: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+
+    def add(self, other: Counts) -> None:
+        """Take another's counts in."""
+        self.errors += other.errors
+        self.missed += other.missed
+        self.chains += other.chains
+        self.at += other.at
+        self.violations += other.violations
+
+    def book(self, life: Life) -> None:
+        """Count a lifetime."""
+        assert life.point is not None
+        if life.hit >= 0:
+            self.errors += 1
+            self.at[f"{life.point.call} {life.point.what}"] += 1
+        else:
+            self.missed += 1
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name} {count}" for name, count in self.at.most_common())
+        return (
+            f"{self.errors} errors in {self.chains} data folders ({where}); {self.missed} lifetimes ended "
+            f"before their point; {len(self.violations)} violations"
+        )
+
+
+def check_end(life: Life, *, may_go_on: bool = False) -> None:
+    """A lifetime that met an error ended with one clear line, and acknowledged nothing after it.
+
+    Args:
+        may_go_on: Something else than this process may have met it, and was given up.
+    Raises: Violation.
+    """
+    if life.code is None:
+        raise Violation("hang", f"{life.point}: after {life.seconds:.0f} s; {life.err[-300:]}")
+    said = life.err.splitlines()
+    if life.hit >= 0:
+        late = [call.text for call in life.calls[life.hit + 1 :] if call.path.endswith("/out")]
+        if late:
+            raise Violation("acknowledged", f"{life.point}: after the error: {late}")
+        if life.code == 0 and not may_go_on:
+            raise Violation("fail-stop", f"{life.point}: went on after the error")
+    elif life.code != 0:
+        raise Violation("ends", f"with {life.code} though nothing failed: {life.err[-300:]}")
+    if life.code < 0 or (life.code > 0 and not (len(said) == 1 and said[0].startswith("edgewater: "))):
+        raise Violation("message", f"{life.point}: ended with {life.code} and said {said[-4:]}")
+
+
+def fail_ingest(lives: Lives, model: Path, work: Path, shape: Shape, rng: random.Random) -> Counts:
+    """Let ingest meet one error a lifetime on one data folder, from its creation to the end of its traffic.
+
+    Args:
+        lives: Of ingest.
+        work: Empty folder.
+    Raises: Violation.
+    """
+    counts = Counts(chains=1)
+    with Chain(lives, model, work, shape) as chain:
+        creating = calls_of(chain.quiet.life, own=True)
+        going_on = calls_of(chain.restart, own=True)
+        creations = rng.choice((2, 8))
+        for number in range(LIVES_A_CHAIN):
+            what = rng.choice(ERRORS)
+            if number < creations:
+                point, reach = rng.choice(creating.before).point(what), 1
+            else:
+                point, reach = pick(rng, going_on.before, creating.after, what)
+            life = chain.live(point, reach, again=rng.choice((0, 5, 25)))
+            counts.book(life)
+            check_end(life)
+            chain.audit()
+            if chain.complete or (life.code == 0 and shape.files):
+                break
+        check_end(chain.live(None))
+        chain.audit(ended=True)
+    return counts
+
+
+def fail_publish(lives: Lives, model: Path, site: Path, work: Path, rng: random.Random) -> Counts:
+    """Let trainers meet one error a lifetime on one data folder, until every window is decided.
+
+    Args:
+        lives: Of trainers.
+        site: As `make_site` left it.
+        work: Where the data folder lives; must not exist.
+    Raises: Violation.
+    """
+    counts = Counts(chains=1)
+    quiet = PublishChain(lives, model, site, work / "quiet").live(None, traced=True)
+    calls = [call for call in quiet.calls if call.thread == quiet.pid and not call.path.endswith("/err")]
+    chain = PublishChain(lives, model, site, work / "hurt")
+    for _ in range(LIVES_A_CHAIN):
+        point = calls[rng.randrange(rng.choice((24, len(calls))))].point(rng.choice(ERRORS))
+        life = chain.live(point)
+        counts.book(life)
+        check_end(life, may_go_on=True)
+        chain.audit(recover=rng.random() < 0.5, ended=life.code == 0)
+        if life.code == 0:
+            return counts
+    check_end(chain.live(None))
+    chain.audit(recover=True, ended=True)
+    return counts
+
+
+def sweep(
+    errors: int, seed: int, report: Callable[[str], None] = lambda line: None, model: Path | None = None
+) -> Counts:
+    """Inject at least so many errors, and audit after each.
+
+    Args:
+        errors: At least so many.
+        seed: Decides every chain.
+        report: Called with a line of progress after each chain, and with each violation.
+        model: A prepared base; None takes the tiny one of the tests.
+    Raises: RuntimeError where processes cannot be traced.
+    """
+    if reason := cannot_trace():
+        raise RuntimeError(reason)
+    model = model or prepared_model()
+    total, number = Counts(), 0
+    with tempfile.TemporaryDirectory(prefix="errors-") as scratch:
+        folder = Path(scratch)
+        with Lives(ingest_chain.PROGRAM, folder) as ingests, Lives(publish_chain.PROGRAM, folder) as trainers:
+            while total.errors < errors and len(total.violations) < 20:
+                counts = chain_of(ingests, trainers, model, seed, number)
+                total.add(counts)
+                for violation in counts.violations:
+                    report(violation)
+                report(str(total))
+                number += 1
+    return total
+
+
+def chain_of(ingests: Lives, trainers: Lives, model: Path, seed: int, number: int) -> Counts:
+    """Chain `number` of a seed."""
+    rng = random.Random(f"errors {seed} {number}")
+    with tempfile.TemporaryDirectory(prefix="chain-") as scratch:
+        work = Path(scratch)
+        try:
+            if number % PUBLISH_SHARE == PUBLISH_SHARE - 1:
+                (work / "site").mkdir()
+                make_site(ingests, model, work / "site", rng.randrange(1 << 30))
+                return fail_publish(trainers, model, work / "site", work, rng)
+            return fail_ingest(ingests, model, work, shape_of(rng.randrange(1 << 30)), rng)
+        except Violation as error:
+            again = f"python -m tests.crash.errors --seed {seed} --chain {number} repeats it"
+            return Counts(chains=1, violations=[f"{error} ({again})"])
+
+
+def main() -> int:
+    """Run a sweep, or one chain of it again. Returns: 1 if anything did not hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--errors", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--chain", type=int, help="only this one")
+    chosen = parser.parse_args()
+    print(f"seed {chosen.seed}", flush=True)
+    if chosen.chain is None:
+        counts = sweep(chosen.errors, chosen.seed, lambda line: print(line, flush=True))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            with Lives(ingest_chain.PROGRAM, folder) as one, Lives(publish_chain.PROGRAM, folder) as other:
+                counts = chain_of(one, other, prepared_model(), chosen.seed, chosen.chain)
+    print(counts, *counts.violations, sep="\n")
+    return 1 if counts.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
