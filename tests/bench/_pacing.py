@@ -31,9 +31,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path, files: Sequence[Path], mount: str = "") -> None:
-        named = [
-            option.removeprefix("commit=") for option in mount.split(",") if option.startswith("commit=")
-        ]
+        options = mount.split(",")
+        named = [option.removeprefix("commit=") for option in options if option.startswith("commit=")]
         self._commit_s = float(named[-1]) if named else _COMMIT_S
         self._folder = folder
         self._files = [os.open(file, os.O_RDONLY) for file in files if file.exists()]
