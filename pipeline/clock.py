@@ -13,18 +13,18 @@ order, the first that holds; `pending` and `behind` are those of ClockState:
 | is 0: an event without a time | stands | unchanged |
 | is the first | is it | no offset |
 | fits as it is: the clock is right (again) | goes to it, never back | no offset |
-| with the offset, lies 60 s or more behind | stands | `behind` is the first of these arrivals |
-| ... and these went on for 60 s | goes on, and makes up for the 60 s | an offset for their clock |
+| with the offset, lies 60 s or more behind | stands | `behind` is the first of these arrivals, counted |
+| ... and these were 32, over 60 s, with none between that fits | goes on as if it had not stood | an offset |
 | with the offset, lies more than 24 h ahead | stands | an offset that makes it now, `pending` |
 | ... and so did the one before: a sparse stream | goes to the one before | as above, for this one |
 | with the offset, fits | goes on with it | unchanged |
 | ... and those since `pending` cover 24 h | goes to the arrival: a leap | no offset |
 
 Why these numbers. 60 s: threads, devices and files hand lines over in slightly the wrong order, and NTP
-slews or steps by seconds; to stand for so long costs an age nothing. The same 60 s before a lower clock is
-believed: while one that is ahead speaks at least so often, it leads, and sources whose clocks differ take
-no turns in pushing stream time forward. 24 h: a box that was off for a night comes back at once. A longer gap
-cannot be told from a clock set wrong, so it counts when it proved to last.
+slews or steps by seconds; to stand for so long costs an age nothing. The same 60 s, and 32 arrivals, before a
+lower clock is believed: sources whose clocks differ must take no turns in pushing stream time forward, and
+while the one that is ahead speaks at least so often, it leads. 24 h: a box that was off for a night comes
+back at once. A longer gap cannot be told from a clock set wrong, so it counts when it proved to last.
 
 A sparse stream, each event days after the one before, is then stamped one event late and no more: an
 event after a gap shows that the one before was no slip. Gaps of years are only believed after 24 h with an
@@ -38,9 +38,10 @@ from collections.abc import Iterable
 
 from storage.windows import ClockState
 
-__all__ = ["HOLD_S", "LEAP_S", "LONGEST_GAP_S", "follow"]
+__all__ = ["BEHIND_COUNT", "HOLD_S", "LEAP_S", "LONGEST_GAP_S", "follow"]
 
 HOLD_S = 60.0
+BEHIND_COUNT = 32
 LEAP_S = 86_400.0
 LONGEST_GAP_S = 366 * 86_400.0
 _RIGHT = ClockState()
@@ -81,7 +82,7 @@ def _step(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockSt
     if step > LEAP_S:
         return _step_ahead(now, clock, arrival)
     pending = clock.pending
-    if pending and clock.behind:
+    if pending and clock.behind_count:
         pending = arrival  # another clock spoke in between: the 24 h begin anew
     if pending and arrival - pending >= LEAP_S:
         return max(now, arrival), _RIGHT
@@ -89,11 +90,11 @@ def _step(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockSt
 
 
 def _step_behind(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockState]:
-    lasted = arrival - clock.behind
-    if not clock.behind or not -HOLD_S < lasted <= LEAP_S:
-        return now, ClockState(clock.offset, clock.pending, arrival)
-    if lasted < HOLD_S:
-        return now, clock
+    lasted, count = arrival - clock.behind, clock.behind_count + 1
+    if count == 1 or not -HOLD_S < lasted <= LEAP_S:  # none before, or that was another clock
+        return now, ClockState(clock.offset, clock.pending, arrival, 1)
+    if lasted < HOLD_S or count < BEHIND_COUNT:
+        return now, ClockState(clock.offset, clock.pending, clock.behind, count)
     return now + lasted, ClockState(now - clock.behind)
 
 

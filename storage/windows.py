@@ -44,11 +44,13 @@ class ClockState(msgspec.Struct, frozen=True):
         offset: Stream time less arrival, seconds; 0 while nothing is wrong.
         pending: First arrival after a step forward that does not count yet, seconds; 0 while there is none.
         behind: First arrival of a clock that lies behind, seconds; 0 while there is none.
+        behind_count: Arrivals of that clock without one between them that does not lie behind.
     """
 
     offset: float = 0.0
     pending: float = 0.0
     behind: float = 0.0
+    behind_count: int = 0
 
 
 class ClosedWindow(msgspec.Struct, frozen=True):

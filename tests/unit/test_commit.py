@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commit import CommitStep
+from pipeline.commit import LETTER_SHARE, CommitStep
 from pipeline.events import Batch, Line, Origin, Outcome
 from pipeline.sources.inbox import Inbox
 from pipeline.triggers import ThresholdTrigger
 from storage import ring
 from storage.block import Samples
 from storage.errors import RingFullError
-from storage.ring import Ring
-from storage.windows import ClosedWindow, DeadLetter
+from storage.ring import Commit, Ring
+from storage.windows import ClockState, ClosedWindow, DeadLetter, RingState
 
 TOKENIZER = "00112233aabbccdd"
 
@@ -125,6 +125,112 @@ def test_stream_time_never_goes_back(bench: Bench) -> None:
     state = bench.step(batch([30.0])).state
     assert (state.stream_time, state.window.first_arrival) == (50.0, 50.0)
     assert bench.step(Batch([], now=20.0)).state.stream_time == 50.0
+
+
+def test_a_step_of_the_clock_closes_and_evicts_nothing(tmp_path: Path) -> None:
+    """An hour or to 1970 and back, ten years on and back: as samples or as ticks see it."""
+    aged = Bench(tmp_path, ThresholdTrigger(1_000, 10**9, 3_600.0), max_age_s=7_200.0)
+    now = 1_900_000_000.0
+    aged.step(batch([now] * 40))
+    for moved in (-3_600.0, 3.2e8, -now + 5.0, 0.0):
+        for n in range(100):
+            now += 1.0
+            aged.step(Batch([], now=now + moved) if n % 2 else batch([now + moved]))
+    state = aged.ring.read_state()
+    assert (state.tail_seq, state.next_seq, state.window.window) == (0, 240, 1)
+    assert state.stream_time == pytest.approx(now, abs=5)
+    assert state.clock == ClockState()
+    aged.ring.close()
+
+
+def test_a_restart_goes_on_with_the_same_clock(tmp_path: Path) -> None:
+    """Ten years ahead for 23 hours, a restart, and an hour more: they count then, and not before."""
+    for n in range(24 * 60 + 2):
+        if n % 60 == 0:
+            bench = Bench(tmp_path, ThresholdTrigger(10_000, 10**9))
+        state = bench.step(batch([1_000.0 + 60 * n + (3.2e8 if n else 0.0)])).state
+        assert (state.stream_time > 3e8) == (n > 24 * 60)
+        if n % 60 == 59:
+            bench.ring.close()
+    bench.ring.close()
+
+
+def test_time_that_only_ticks_saw_is_not_lost(tmp_path: Path) -> None:
+    """A stream that is silent for days: its next sample closes what is old, no day later."""
+    aged = Bench(tmp_path, ThresholdTrigger(1_000, 10**9, 3 * 86_400.0))
+    aged.step(batch([1_000.0] * 40))
+    for hours in range(1, 71):
+        assert aged.step(Batch([], now=1_000.0 + 3_600 * hours)).seconds == 0.0
+    assert [window.reason for window in aged.step(batch([1_000.0 + 72 * 3_600])).closed] == ["age"]
+    aged.ring.close()
+
+
+def test_a_tick_does_not_begin_a_stream(bench: Bench) -> None:
+    """A board that ticks in 1970 and hears its first event after the network set its clock."""
+    bench.step(Batch([], now=9.0))
+    state = bench.step(batch([1_900_000_000.0])).state
+    assert (state.stream_time, state.clock) == (1_900_000_000.0, ClockState())
+
+
+def test_a_full_ring_is_tried_again_while_room_is_made(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is acknowledged meanwhile; then all of it, once."""
+    commit = bench.ring.commit
+    tries: list[tuple[int, list[object]]] = []
+
+    def full_twice(what: Commit) -> RingState:
+        if len(tries) < 2:
+            raise RingFullError("the ring is full")
+        return commit(what)
+
+    def relieve(n: int) -> bool:
+        tries.append((n, list(bench.told)))
+        return True
+
+    monkeypatch.setattr(bench.ring, "commit", full_twice)
+    step = CommitStep(bench.ring, ThresholdTrigger(4, 10**9), lambda: 0, bench.decided, relieve=relieve)
+    step(batch([1.0] * 3, receipts=[(bench, 1)]))
+    assert tries == [(1, []), (2, [])]
+    assert bench.told == [("acknowledged", [1], 1)]
+    assert bench.ring.read_state().next_seq == 3
+
+
+def test_a_ring_that_stays_full_ends_it_with_nothing_acknowledged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Batch can be given again: stream time and clock are those before it."""
+    commit = bench.ring.commit
+
+    def full(what: Commit) -> RingState:
+        raise RingFullError("the ring is full")
+
+    monkeypatch.setattr(bench.ring, "commit", full)
+    step = CommitStep(
+        bench.ring, ThresholdTrigger(4, 10**9), lambda: 0, bench.decided, relieve=lambda n: n < 3
+    )
+    with pytest.raises(RingFullError):
+        step(batch([1.0] * 3, receipts=[(bench, 1)]))
+    assert bench.told == []
+    monkeypatch.setattr(bench.ring, "commit", commit)
+    assert step(batch([1.0] * 3)).state.next_seq == 3
+
+
+def test_of_a_flood_of_refused_lines_only_those_are_written_that_would_stay(bench: Bench) -> None:
+    """The newest, as many as the ring keeps; all are counted."""
+    dead = [DeadLetter("s", "in", 1.0, "why", b"%06d" % n) for n in range(20_000)]
+    lines = [Line(b"x", 0, Origin("s", "in", 1.0))] * len(dead)
+    bench.step(Batch(lines, dead=dead, outcome=Outcome(dead_letters=len(dead))))
+    state = bench.ring.read_state()
+    assert state.counters["dead_letters"] == 20_000
+    assert len(dead) > 10 * state.dead_next > 1_000
+    kept = [letter for _, letter in bench.ring.dead_letters(20_000)]
+    assert kept == dead[-len(kept) :]
+    assert state.dead_bytes > 0.8 * bench.ring.map_bytes / LETTER_SHARE
+
+
+def test_a_letter_larger_than_that_is_written_all_the_same(bench: Bench) -> None:
+    big = DeadLetter("s", "in", 1.0, "why", bytes(200 << 10))
+    bench.step(Batch([Line(b"x", 0, Origin("s", "in", 1.0))], dead=[big], outcome=Outcome(dead_letters=1)))
+    assert [letter for _, letter in bench.ring.dead_letters()] == [big]
 
 
 def test_a_request_closes_the_window_at_the_next_tick_once(bench: Bench) -> None:
