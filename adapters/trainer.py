@@ -22,9 +22,9 @@ from adapters.child import Ending, run_child
 from adapters.model_folder import ModelManifest
 from adapters.recipe import GateLimits, Recipe
 from adapters.update import RESULT_FILE, PastWindow, UpdateResult, UpdateTask, read_result
-from storage.block import encode_blocks
+from storage.block import BLANK, encode_blocks
 from storage.durable import fsync_folder, make_private_folder, remove_folder, write_file_durably
-from storage.errors import CorruptBlockError, StorageError
+from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Ring
@@ -201,11 +201,13 @@ class Trainer:
         row = msgspec.structs.replace(self._row(shard, due), claimed_at=ring.read_state().stream_time)
         try:
             samples = ring.read(row.first_seq, row.last_seq)
-        except (LookupError, CorruptBlockError) as error:
-            # Evicted just now, or damaged: never trained on, and no reason to stop at it for ever.
+        except LookupError as error:
+            # Evicted just now: no reason to stop at it for ever.
             return self._put(row, state=UpdateState.EXPIRED, reason=str(error))
         if not any(samples.mask):
-            return self._put(row, state=UpdateState.SKIPPED, reason="no token in it is to be learned")
+            blank = all(kind == BLANK for kind in samples.kinds)
+            reason = "all of it is lost or forgotten" if blank else "no token in it is to be learned"
+            return self._put(row, state=UpdateState.SKIPPED, reason=reason)
         work = self._folder.update_folder(shard, row.window)
         remove_folder(work)
         make_private_folder(work)

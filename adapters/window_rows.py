@@ -79,8 +79,8 @@ class RowMaker:
         self.manifest, self.bytes_of, self.recipe, self.seed = manifest, bytes_of, recipe, seed
 
     def read(self, path: Path) -> StoredWindow:
-        """Read a window file. Raises: OSError, CorruptBlockError."""
-        samples = decode_blocks(path.read_bytes())
+        """Read a window file, but for the blank samples. Raises: OSError, CorruptBlockError."""
+        samples = decode_blocks(path.read_bytes()).present()
         return StoredWindow(samples, sample_keys(samples, self._decode))
 
     def _decode(self, many: list[list[int]]) -> list[str]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 __all__ = [
     "CorruptBlockError",
+    "CorruptRingError",
     "ForeignFolderError",
     "FormatTooNewError",
     "LockHeldError",
+    "MissingDictionaryError",
     "RingFullError",
     "StorageError",
     "WriteFailedError",
@@ -27,6 +29,14 @@ class StorageError(Exception):
 
 class CorruptBlockError(StorageError):
     """A block whose checksum or shape is wrong; it must not be trained on."""
+
+
+class MissingDictionaryError(CorruptBlockError):
+    """A block whose dictionary is lost: its columns cannot be unpacked, its hashes can be read."""
+
+
+class CorruptRingError(StorageError):
+    """A row, or the tree that holds it, is damaged: the ring must be repaired before it is used."""
 
 
 class ForeignFolderError(StorageError):

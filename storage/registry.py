@@ -12,16 +12,19 @@
     (due)       nothing in it to learn       skipped       the cursor moves on
 
 Each arrow is one short transaction, written after the files that it names are durable, and may be repeated
-after a crash with the same outcome.
+after a crash with the same outcome. Every row is sealed (storage/rows.py), and each transaction writes a row
+with its own id and the sum of the seals, so that damage never passes for an older truth.
 """
 
 from __future__ import annotations
 
 import enum
 import fcntl
+import functools
+import operator
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +32,8 @@ import lmdb
 import msgspec
 
 from storage.env import create_environment, open_environment
-from storage.errors import ForeignFolderError, FormatTooNewError, WriteFailedError
+from storage.errors import CorruptRingError, ForeignFolderError, FormatTooNewError, WriteFailedError
+from storage.rows import SealedRows, rows_from, seal, sum_of, unseal
 
 __all__ = [
     "ActivePointer",
@@ -39,9 +43,10 @@ __all__ = [
     "UpdateRow",
     "UpdateState",
     "VersionRow",
+    "first_rows",
 ]
 
-REGISTRY_FORMAT = 1
+REGISTRY_FORMAT = 2
 MAP_BYTES = 32 << 20
 MAX_AUDIT_ROWS = 10_000
 MAX_UPDATE_ROWS = 4_096  # windows back; a row without its result takes 200 bytes
@@ -170,6 +175,16 @@ class _Header(msgspec.Struct, frozen=True):
     format: int
 
 
+class _State(msgspec.Struct, frozen=True):
+    """Which transaction wrote last, and the XOR of the seals of all rows but this one and the header."""
+
+    txn: int
+    rows_sum: int
+
+
+_HEADER, _STATE = b"H", b"s"
+
+
 class Registry:
     """Small rows that several processes read and, in short transactions, write."""
 
@@ -177,14 +192,15 @@ class Registry:
         self.folder = folder
         self._env = env
         with env.begin() as txn:
-            found = txn.get(b"H")
-        if found is None:
-            raise ForeignFolderError("is not a registry", path=folder, hint="check data_dir")
-        header = msgspec.msgpack.decode(found, type=_Header)
-        if header.format > REGISTRY_FORMAT:
-            raise FormatTooNewError(
-                f"registry format {header.format} is too new", path=folder, hint="upgrade Edgewater"
-            )
+            found = txn.get(_HEADER)
+            if found is None:
+                raise ForeignFolderError("is not a registry", path=folder, hint="check data_dir")
+            header = msgspec.msgpack.decode(found, type=_Header)
+            if header.format > REGISTRY_FORMAT:
+                raise FormatTooNewError(
+                    f"registry format {header.format} is too new", path=folder, hint="upgrade Edgewater"
+                )
+            self._check_rows(txn)
 
     @classmethod
     def open_or_create(cls, folder: Path) -> Registry:
@@ -193,16 +209,24 @@ class Registry:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             if not folder.exists():
-                header = msgspec.msgpack.encode(_Header(REGISTRY_FORMAT))
-                create_environment(folder, MAP_BYTES, {b"H": header})
+                create_environment(folder, MAP_BYTES, first_rows({}))
         finally:
             os.close(fd)
-        return cls(folder, open_environment(folder))
+        return cls._opened(folder, readonly=False)
 
     @classmethod
     def open_reader(cls, folder: Path) -> Registry:
         """Open for reading only."""
-        return cls(folder, open_environment(folder, readonly=True))
+        return cls._opened(folder, readonly=True)
+
+    @classmethod
+    def _opened(cls, folder: Path, *, readonly: bool) -> Registry:
+        env = open_environment(folder, readonly=readonly)
+        try:
+            return cls(folder, env)
+        except BaseException:
+            env.close()  # opening it a second time in one process would fail
+            raise
 
     def close(self) -> None:
         """Close the environment."""
@@ -224,11 +248,16 @@ class Registry:
     def write(self) -> Iterator[RegistryWriter]:
         """One transaction: everything in it happens, or nothing.
 
-        Raises: WriteFailedError on an I/O error.
+        Raises: WriteFailedError on an I/O error; CorruptRingError.
         """
         try:
             with self._env.begin(write=True) as txn:
-                yield RegistryWriter(txn)
+                # Its own id is one more than that of the snapshot it starts from.
+                rows = SealedRows(txn, _state_in(txn, txn.id() - 1, self.folder).rows_sum)
+                yield RegistryWriter(txn, rows)
+                if rows.changed:
+                    state = _State(txn.id(), rows.total)
+                    txn.put(_STATE, seal(_STATE, msgspec.msgpack.encode(state)))
         except lmdb.Error as error:
             raise WriteFailedError(
                 f"a registry commit failed: {error}", path=self.folder, hint="check the disk, then restart"
@@ -250,7 +279,7 @@ class Registry:
     def active(self) -> ActivePointer:
         """The active version."""
         with self._env.begin() as txn:
-            found = txn.get(b"a")
+            found = _get(txn, b"a")
         return msgspec.msgpack.decode(found, type=ActivePointer) if found else ActivePointer()
 
     def requests(self) -> int:
@@ -263,26 +292,55 @@ class Registry:
         return rows[max(0, len(rows) - newest) :]
 
     def _rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
-        rows = []
         with self._env.begin() as txn:
-            cursor = txn.cursor()
-            found = cursor.set_range(prefix)
-            while found and cursor.key().startswith(prefix):
-                rows.append((bytes(cursor.key()), bytes(cursor.value())))
-                found = cursor.next()
-        return rows
+            return list(rows_from(txn, prefix))
+
+    def _check_rows(self, txn: lmdb.Transaction) -> None:
+        """Every row as it was sealed, and none lost. Raises: CorruptRingError."""
+        total, cursor = 0, txn.cursor()
+        for key, value in cursor.iternext(keys=True, values=True):
+            if key not in (_HEADER, _STATE):
+                unseal(bytes(key), value)
+                total ^= sum_of(value)
+        if total != _state_in(txn, txn.id(), self.folder).rows_sum:
+            raise CorruptRingError("rows are lost", path=self.folder, hint="run 'edgewater doctor'")
 
     def _number(self, key: bytes) -> int:
         with self._env.begin() as txn:
-            found = txn.get(key)
+            found = _get(txn, key)
         return int(_U64.unpack(found)[0]) if found else 0
+
+
+def first_rows(rows: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """What the first transaction of a registry with these rows (unsealed) holds."""
+    sealed = {key: seal(key, value) for key, value in rows.items()}
+    total = functools.reduce(operator.xor, map(sum_of, sealed.values()), 0)
+    state = msgspec.msgpack.encode(_State(1, total))
+    return {_HEADER: msgspec.msgpack.encode(_Header(REGISTRY_FORMAT)), **sealed, _STATE: seal(_STATE, state)}
+
+
+def _state_in(txn: lmdb.Transaction, expected: int, folder: Path) -> _State:
+    hint = "run 'edgewater doctor'"
+    found = txn.get(_STATE)
+    if found is None:
+        raise CorruptRingError("has no state row", path=folder, hint=hint)
+    state = msgspec.msgpack.decode(unseal(_STATE, found), type=_State)
+    if state.txn != expected:
+        what = f"a meta page is damaged: transaction {expected} holds the state of {state.txn}"
+        raise CorruptRingError(what, path=folder, hint=hint)
+    return state
+
+
+def _get(txn: lmdb.Transaction, key: bytes) -> bytes | None:
+    found = txn.get(key)
+    return None if found is None else unseal(key, found)
 
 
 class RegistryWriter:
     """The writes that one registry transaction may hold."""
 
-    def __init__(self, txn: lmdb.Transaction) -> None:
-        self._txn = txn
+    def __init__(self, txn: lmdb.Transaction, rows: SealedRows) -> None:
+        self._txn, self._rows = txn, rows
 
     def put_update(self, row: UpdateRow) -> None:
         """Write an update's row; a decided one moves the shard's cursor.
@@ -291,16 +349,16 @@ class RegistryWriter:
             is none: a crash may repeat it).
         """
         key = b"U" + row.shard.encode() + b"\0" + _U32.pack(row.window)
-        found = self._txn.get(key)
+        found = self._rows.get(key)
         before = msgspec.msgpack.decode(found, type=UpdateRow) if found else None
         if before != row and row.state not in _ARROWS.get(before.state if before else None, frozenset()):
             raise ValueError(f"window {row.window}: {before.state if before else 'due'} -> {row.state}")
-        self._txn.put(key, msgspec.msgpack.encode(row))
+        self._rows.put(key, msgspec.msgpack.encode(row))
         if row.decided:
             # Only ever forward: a row that a crash repeats may be older than the newest decision.
-            found = self._txn.get(b"c" + row.shard.encode())
+            found = self._rows.get(b"c" + row.shard.encode())
             newest = max(row.last_window, _U64.unpack(found)[0] if found else 0)
-            self._txn.put(b"c" + row.shard.encode(), _U64.pack(newest))
+            self._rows.put(b"c" + row.shard.encode(), _U64.pack(newest))
             self._forget_old(row)
 
     def _forget_old(self, row: UpdateRow) -> None:
@@ -310,44 +368,44 @@ class RegistryWriter:
         while cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
             if _U32.unpack(bytes(cursor.key())[len(prefix) :])[0] > row.window - MAX_UPDATE_ROWS:
                 break
-            cursor.delete()
+            self._rows.delete(bytes(cursor.key()))
         found = cursor.set_range(prefix + _U32.pack(max(row.window - MAX_RESULTS, 0)))
         for _ in range(SWEPT_ROWS if found else 0):
             if not cursor.prev() or not bytes(cursor.key()).startswith(prefix):
                 break
-            old = msgspec.msgpack.decode(cursor.value(), type=UpdateRow)
+            old = msgspec.msgpack.decode(unseal(bytes(cursor.key()), cursor.value()), type=UpdateRow)
             if old.result:
                 slim = msgspec.structs.replace(old, result=b"")
-                self._txn.put(bytes(cursor.key()), msgspec.msgpack.encode(slim))
+                self._rows.put(bytes(cursor.key()), msgspec.msgpack.encode(slim))
 
     def put_version(self, row: VersionRow) -> None:
         """Write a version's row."""
-        self._txn.put(b"V" + _U32.pack(row.version), msgspec.msgpack.encode(row))
+        self._rows.put(b"V" + _U32.pack(row.version), msgspec.msgpack.encode(row))
 
     def active(self) -> int:
         """The active version inside this transaction."""
-        found = self._txn.get(b"a")
+        found = self._rows.get(b"a")
         return msgspec.msgpack.decode(found, type=ActivePointer).version if found else 0
 
     def set_active(self, version: int) -> None:
         """Move the active pointer; the version that was active becomes the previous one."""
-        found = self._txn.get(b"a")
+        found = self._rows.get(b"a")
         before = msgspec.msgpack.decode(found, type=ActivePointer) if found else ActivePointer()
         if version != before.version:
-            self._txn.put(b"a", msgspec.msgpack.encode(ActivePointer(version, before.version)))
+            self._rows.put(b"a", msgspec.msgpack.encode(ActivePointer(version, before.version)))
 
     def add_request(self) -> int:
         """Ask that the open window be closed now. Returns: the request's number."""
-        found = self._txn.get(b"q")
+        found = self._rows.get(b"q")
         number = (_U64.unpack(found)[0] if found else 0) + 1
-        self._txn.put(b"q", _U64.pack(number))
+        self._rows.put(b"q", _U64.pack(number))
         return int(number)
 
     def add_audit(self, row: AuditRow) -> None:
         """Append to the audit; the oldest rows go when there are more than 10,000."""
-        found = self._txn.get(b"n")
+        found = self._rows.get(b"n")
         number = _U64.unpack(found)[0] if found else 0
-        self._txn.put(b"A" + _U64.pack(number), msgspec.msgpack.encode(row))
-        self._txn.put(b"n", _U64.pack(number + 1))
+        self._rows.put(b"A" + _U64.pack(number), msgspec.msgpack.encode(row))
+        self._rows.put(b"n", _U64.pack(number + 1))
         if number >= MAX_AUDIT_ROWS:
-            self._txn.delete(b"A" + _U64.pack(number - MAX_AUDIT_ROWS))
+            self._rows.delete(b"A" + _U64.pack(number - MAX_AUDIT_ROWS))

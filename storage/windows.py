@@ -14,6 +14,8 @@ __all__ = [
     "Commit",
     "DeadLetter",
     "OpenWindow",
+    "QuarantineRow",
+    "Reader",
     "RingHeader",
     "RingState",
     "RingUsage",
@@ -104,6 +106,11 @@ class RingState(msgspec.Struct, frozen=True):
         counters: Events by outcome: "events", "samples", "duplicates", "suppressed", "dead_letters".
         request: Number of the last update request that closed a window or found none to close.
         dead_first, dead_next, dead_bytes: Bounds of the dead-letter database.
+        txn: Id of the LMDB transaction that wrote this row; a snapshot of another id has a damaged meta page.
+        rows_sum: XOR of the seals of all rows but this one, the header and the blocks.
+        blocks_sum: XOR of the checksums of all blocks.
+        lost: Samples lost to damage, ever; they are blank.
+        forgotten: Samples blanked because their subject was forgotten, ever.
         clock: What stream time adds to the arrivals.
     """
 
@@ -119,6 +126,11 @@ class RingState(msgspec.Struct, frozen=True):
     dead_next: int = 0
     dead_bytes: int = 0
     clock: ClockState = ClockState()
+    txn: int = 0
+    rows_sum: int = 0
+    blocks_sum: int = 0
+    lost: int = 0
+    forgotten: int = 0
 
 
 class RingHeader(msgspec.Struct, frozen=True):
@@ -129,12 +141,15 @@ class RingHeader(msgspec.Struct, frozen=True):
         shard: Name of the shard.
         tokenizer_id: 16 hexadecimal digits; token ids mean nothing without it.
         dedup_key: Secret of the keyed dedup hashes, 32 bytes.
+        check: blake2b-64 of the row without it. Inside the row, not after it as in all others: any version of
+            Edgewater must be able to read the format of any other's ring.
     """
 
     format: int
     shard: str
     tokenizer_id: str
     dedup_key: bytes
+    check: bytes = b""
 
 
 class Commit(msgspec.Struct, frozen=True):
@@ -163,6 +178,37 @@ class Commit(msgspec.Struct, frozen=True):
     dead_letters: Sequence[DeadLetter] = ()
     request: int = 0
     clock: ClockState = ClockState()
+
+
+class QuarantineRow(msgspec.Struct, frozen=True):
+    """Samples that were lost to damage and are blank now.
+
+    Attributes:
+        first_seq, samples: Which ones.
+        reason: What was wrong.
+        at: Stream time when it was found, seconds.
+        file: Name of the damaged bytes in the quarantine folder, "" where there were none or too many.
+    """
+
+    first_seq: int
+    samples: int
+    reason: str
+    at: float
+    file: str = ""
+
+
+class Reader(msgspec.Struct, frozen=True):
+    """A process that is inside a read transaction.
+
+    Attributes:
+        pid: Its process id.
+        txn: Id of the snapshot that it looks at.
+        behind: Transactions committed since: their freed pages cannot be used again until it ends.
+    """
+
+    pid: int
+    txn: int
+    behind: int
 
 
 class RingUsage(msgspec.Struct, frozen=True):

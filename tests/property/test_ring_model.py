@@ -1,4 +1,4 @@
-"""The ring against a plain list: commits, evictions, crashes and reopenings in any order."""
+"""The ring against a plain list: commits, evictions, forgetting, claims, crashes and reopenings in any order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from array import array
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,7 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from storage.block import Samples
 from storage.errors import RingFullError
+from storage.registry import Registry, UpdateRow, UpdateState
 from storage.ring import Commit, Ring
+from storage.ring_writer import SMALL_BLOCKS
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingState
 
 MAP_BYTES = 1 << 20
@@ -43,9 +46,11 @@ class RingModel(RuleBasedStateMachine):
     def begin(self) -> None:
         self._home = tempfile.TemporaryDirectory()
         self.folder = Path(self._home.name) / "ring"
+        (Path(self._home.name) / "run").mkdir()
         self.open()
         self.commits: list[tuple[float, Samples]] = []
-        self.state = RingState()
+        self.state = self.ring.state
+        self.claimed = self.decided = 0
         self.positions: dict[str, bytes] = {}
         self.references: dict[str, bytes] = {}
         self.windows: list[ClosedWindow] = []
@@ -55,10 +60,12 @@ class RingModel(RuleBasedStateMachine):
         self.ring = Ring.open_or_create(
             self.folder, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES
         )
+        self.registry = Registry.open_or_create(self.folder.with_name("registry"))
 
     def teardown(self) -> None:
         if hasattr(self, "ring"):
             self.ring.close()
+            self.registry.close()
             self._home.cleanup()
 
     @rule(
@@ -82,7 +89,10 @@ class RingModel(RuleBasedStateMachine):
         samples = make(self.state.next_seq, lengths, seed)
         now = self.state.stream_time + later
         number = len(self.windows) + 1
-        closed = [ClosedWindow(number, 0, samples.first_seq, 1, 2, now, "samples")] if closes else []
+        edge = self.windows[-1].last_seq + 1 if self.windows else 0
+        last = samples.first_seq + len(samples) - 1
+        closes = closes and last >= edge
+        closed = [ClosedWindow(number, edge, last, last - edge + 1, 2, now, "samples")] if closes else []
         dead = [DeadLetter("s", str(i), now, "not JSON", bytes(50)) for i in range(letters)]
         commit = Commit(
             samples=samples, stream_time=now, window=OpenWindow(number, 3, 4, 5, now),
@@ -99,18 +109,23 @@ class RingModel(RuleBasedStateMachine):
         assert state.next_seq == self.state.next_seq + len(samples)
         assert state.digest == samples.extend_digest(self.state.digest)
         assert state.tail_seq >= self.state.tail_seq
+        assert state.txn > self.state.txn
         assert (state.commits, state.stream_time) == (self.state.commits + 1, commit.stream_time)
         assert (state.window, state.request) == (commit.window, commit.request)
         if len(samples):
             self.commits.append((commit.stream_time, samples))
-        while self.commits and self.commits[0][1].first_seq < state.tail_seq:
-            del self.commits[0]  # eviction takes whole blocks, the oldest first
+        self.drop_evicted(state)
         for name, position in commit.positions.items():
             self.positions.pop(name, None)
             self.positions |= {name: position} if position else {}
         self.references |= commit.references
         self.windows += commit.closed
         self.state = state
+
+    def drop_evicted(self, state: RingState) -> None:
+        """Eviction takes whole blocks, the oldest first; a block is a commit, or several merged ones."""
+        while self.commits and self.commits[0][1].first_seq < state.tail_seq:
+            assert self.commits.pop(0)[1].seqs.stop <= state.tail_seq
 
     @rule(seed=st.integers(0, 2**32), length=st.integers(20, 60))
     def fill(self, seed: int, length: int) -> None:
@@ -123,14 +138,64 @@ class RingModel(RuleBasedStateMachine):
 
     @rule(age=st.floats(0, 300))
     def evict_by_age(self, age: float) -> None:
-        """Exactly the commits before a stream time go, from the oldest on."""
+        """Nothing younger goes; of what is older at most the commits of one block remain."""
         before = self.state.stream_time - age
+        held = len(self.commits)
+        gone = self.ring.evict_older_than(before)
+        state = self.ring.state
+        assert state.tail_seq == self.state.tail_seq + gone
+        evicted = [commit for commit in self.commits if commit[1].first_seq < state.tail_seq]
+        assert all(arrival < before for arrival, _ in evicted)
+        self.drop_evicted(state)
+        assert held - len(evicted) == len(self.commits)
+        assert sum(arrival < before for arrival, _ in self.commits) < SMALL_BLOCKS
+        self.state = state
+
+    @rule(subject=st.sampled_from(["crew-b", "nobody"]))
+    def forget(self, subject: str) -> None:
+        """Every sample about the subject is blank from now on; seqs, hashes and the digest stay."""
         gone = 0
-        while self.commits and self.commits[0][0] < before:
-            gone += len(self.commits.pop(0)[1])
-        assert self.ring.evict_older_than(before) == gone
-        assert self.ring.state.tail_seq == self.state.tail_seq + gone
+        for n, (arrival, samples) in enumerate(self.commits):
+            found = [i for i, name in enumerate(samples.subjects) if name == subject]
+            self.commits[n] = (arrival, samples.without(found))
+            gone += len(found)
+        assert self.ring.forget(subject) == gone
+        assert self.ring.state.forgotten == self.state.forgotten + gone
+        assert self.ring.state.digest == self.state.digest
         self.state = self.ring.state
+
+    @precondition(lambda self: self.claimed < len(self.windows))
+    @rule()
+    def claim(self) -> None:
+        """A claim copies the window out of the ring, or finds that eviction was faster."""
+        window = self.windows[self.claimed]
+        self.claimed += 1
+        row = UpdateRow("main", self.claimed, self.claimed, window.first_seq, window.last_seq, 1,
+                        UpdateState.CLAIMED)  # fmt: skip
+        if window.first_seq < self.state.tail_seq:
+            with pytest.raises(LookupError):
+                self.ring.read(window.first_seq, window.last_seq)
+            row = msgspec.structs.replace(row, state=UpdateState.EXPIRED)
+            self.decided = self.claimed
+        else:
+            held = Samples.concat(samples for _, samples in self.commits)
+            at = window.first_seq - held.first_seq
+            copied = self.ring.read(window.first_seq, window.last_seq)
+            assert copied == held[at : at + len(copied)]
+            assert len(copied) == window.samples
+        with self.registry.write() as writer:
+            writer.put_update(row)
+
+    @precondition(lambda self: self.decided < self.claimed)
+    @rule(outcome=st.sampled_from([UpdateState.QUARANTINED, UpdateState.ACKNOWLEDGED]))
+    def acknowledge(self, outcome: UpdateState) -> None:
+        """An update is decided; the shard's cursor follows."""
+        row = next(row for row in self.registry.updates("main") if not row.decided)
+        path = [UpdateState.STAGED, UpdateState.EVALUATED, UpdateState.PROMOTED, UpdateState.ACKNOWLEDGED]
+        for state in path if outcome == UpdateState.ACKNOWLEDGED else [outcome]:
+            with self.registry.write() as writer:
+                writer.put_update(msgspec.structs.replace(row, state=state))
+        self.decided = row.window
 
     @rule()
     def refuse_what_cannot_fit(self) -> None:
@@ -149,12 +214,13 @@ class RingModel(RuleBasedStateMachine):
     @rule()
     def close_and_open(self) -> None:
         self.ring.close()
+        self.registry.close()
         self.open()
 
     @rule()
     def drop_and_open(self) -> None:
         """A crash: the handle is lost without a close."""
-        del self.ring
+        del self.ring, self.registry
         self.open()
 
     @precondition(lambda self: self.commits)
@@ -169,8 +235,7 @@ class RingModel(RuleBasedStateMachine):
     @rule(count=st.integers(0, 2_000))
     def newest_hashes(self, count: int) -> None:
         joined = b"".join(samples.hashes for _, samples in self.commits)
-        hashes = [joined[i : i + 16] for i in range(0, len(joined), 16)]
-        assert self.ring.newest_hashes(count) == hashes[max(0, len(hashes) - count) :]
+        assert self.ring.newest_hashes(count) == joined[max(0, len(joined) - 16 * count) :]
 
     @invariant()
     def rows_are_those_of_the_model(self) -> None:
@@ -181,13 +246,14 @@ class RingModel(RuleBasedStateMachine):
         assert self.ring.named("r") == self.references
         assert self.ring.windows() == self.windows
         assert self.ring.windows(after=2) == self.windows[2:]
+        assert self.registry.cursor("main") == self.decided
         assert self.ring.dead_letters(10_000) == [row for row in self.dead if row[0] >= self.state.dead_first]
 
     @invariant()
     def the_ring_is_whole_and_bounded(self) -> None:
         if not hasattr(self, "ring"):
             return
-        assert [problem for _, problem in self.ring.check_blocks() if problem] == []
+        assert list(self.ring.check_blocks()) == []
         assert (self.folder / "data.mdb").stat().st_size == MAP_BYTES
         assert sum(len(samples) for _, samples in self.commits) == self.state.next_seq - self.state.tail_seq
         for outside in {self.state.next_seq, self.state.tail_seq - 1} - {-1}:

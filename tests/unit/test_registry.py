@@ -190,7 +190,7 @@ def test_what_is_no_registry_or_too_new_is_refused(tmp_path: Path) -> None:
     create_environment(tmp_path / "ring", 1 << 20, {})
     with pytest.raises(ForeignFolderError, match="not a registry"):
         Registry.open_reader(tmp_path / "ring")
-    create_environment(tmp_path / "new", 1 << 20, {b"H": msgspec.msgpack.encode({"format": 2})})
+    create_environment(tmp_path / "new", 1 << 20, {b"H": msgspec.msgpack.encode({"format": 3})})
     with pytest.raises(FormatTooNewError, match="upgrade"):
         Registry.open_or_create(tmp_path / "new")
 

@@ -19,6 +19,8 @@ from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.registry import Registry, UpdateRow, UpdateState
 from storage.ring import Commit, Ring
+from storage.ring_writer import STATE, block_key
+from storage.rows import seal
 from storage.windows import ClosedWindow, OpenWindow
 
 RECIPE = Recipe(max_steps=2, row_tokens=64)
@@ -143,20 +145,22 @@ def test_a_merged_run_takes_the_newest_windows_that_fit_one_update(site: Site) -
     ]  # fmt: skip
 
 
-def test_a_damaged_window_expires_and_the_next_one_is_learned(site: Site) -> None:
+def test_a_damaged_window_is_skipped_and_the_next_one_is_learned(site: Site) -> None:
     """A flipped bit in the ring is never trained on, and stops nothing."""
     first, second = site.close_window(), site.close_window()
     block = encode_block(site.ring.read(first.first_seq, first.last_seq), site.manifest.tokenizer_id)
     with site.ring._env.begin(write=True) as txn:
-        txn.put(b"b" + bytes(8), block[:-1] + bytes([block[-1] ^ 1]))
-    assert len(site.ring.newest_hashes(1_000)) == 2 * WINDOW
-    assert [bool(problem) for _, problem in site.ring.check_blocks()] == [True, False]
+        txn.put(block_key(0), block[:-1] + bytes([block[-1] ^ 1]))
+        state = msgspec.structs.replace(site.ring.state, txn=txn.id())
+        txn.put(STATE, seal(STATE, msgspec.msgpack.encode(state)))
+    assert len(site.ring.newest_hashes(1_000)) == 2 * WINDOW * 16
+    assert [seq for seq, _ in site.ring.check_blocks()] == [first.first_seq]
     site.stop.set()
     trainer = site.trainer(max_due=0)
     trainer.step(site.stop)
     trainer.step(site.stop)
-    assert [row.state for row in site.rows] == [UpdateState.EXPIRED, UpdateState.CLAIMED]
-    assert "checksum" in site.rows[0].reason
+    assert [row.state for row in site.rows] == [UpdateState.SKIPPED, UpdateState.CLAIMED]
+    assert "lost" in site.rows[0].reason
     assert site.rows[1].first_seq == second.first_seq
 
 

@@ -1,0 +1,263 @@
+"""One write transaction of the ring: rows, blocks, eviction and merging, with the sums that guard them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+
+import lmdb
+import msgspec
+
+from storage.block import (
+    MAX_SAMPLES,
+    Samples,
+    block_checksum,
+    decode_block,
+    encode_block,
+    read_header,
+)
+from storage.dictionary import Dictionary
+from storage.errors import CorruptBlockError, RingFullError
+from storage.rows import SealedRows, seal
+from storage.windows import ClosedWindow, DeadLetter, RingState
+
+__all__ = [
+    "HIGH_WATER",
+    "LOW_WATER",
+    "RingWriter",
+    "block_key",
+    "blocks_from",
+    "encode_runs",
+    "is_block",
+    "live_bytes",
+    "newest_blocks",
+    "seq_of",
+]
+
+HIGH_WATER = 0.75  # of the map: evict from here (deletes fail too once LMDB is full)
+LOW_WATER = 0.70  # and down to here, many blocks at a time: an eviction costs pages of its own
+REFUSE_WATER = 0.90
+MAX_DEAD_LETTERS = 10_000
+MAX_WINDOW_ROWS = 4_096
+# Commits of a few samples leave small blocks; each SMALL_BLOCKS of them in a row become one. They share
+# the leaf page that the commit writes anyway, and one long block packs better than many short ones: with 20
+# pump readings a commit the ring holds 1.9 times as many samples, in a tree that stays one level lower.
+SMALL_BLOCK_BYTES = 4_096
+SMALL_BLOCKS = 16
+STATE, HEADER, BLOCKS = b"s", b"H", b"t"
+_LAST_SEQ = 2**64 - 1
+U64 = struct.Struct(">cQ")
+U32 = struct.Struct(">cI")
+
+
+def block_key(seq: int) -> bytes:
+    """Key of the block that begins at a seq: the newest block sorts first, right behind the state row.
+
+    So a commit writes one leaf page. With ascending keys LMDB's page split leaves the rows that every commit
+    overwrites alone on a page, and the newest block on another: 4 KiB more a commit.
+    """
+    return U64.pack(BLOCKS, _LAST_SEQ - seq)
+
+
+def seq_of(key: bytes | memoryview) -> int:
+    """The seq in a block's key."""
+    return _LAST_SEQ - int(U64.unpack(key)[1])
+
+
+def is_block(cursor: lmdb.Cursor) -> bool:
+    """Whether the cursor stands on a block."""
+    return bytes(cursor.key()[:1]) == BLOCKS
+
+
+def blocks_from(txn: lmdb.Transaction, seq: int = 0) -> Iterator[tuple[int, bytes | memoryview]]:
+    """First seq and value of the block that holds `seq` and of all after it, the oldest first."""
+    cursor = txn.cursor()
+    found = cursor.set_range(block_key(seq)) or cursor.last()  # none that old: the oldest sorts last
+    while found and is_block(cursor):
+        yield seq_of(cursor.key()), cursor.value()
+        found = cursor.prev()
+
+
+def newest_blocks(txn: lmdb.Transaction) -> Iterator[tuple[int, bytes | memoryview]]:
+    """First seq and value of every block, the newest first."""
+    cursor = txn.cursor()
+    found = cursor.set_range(BLOCKS)
+    while found and is_block(cursor):
+        yield seq_of(cursor.key()), cursor.value()
+        found = cursor.next()
+
+
+def live_bytes(txn: lmdb.Transaction) -> int:
+    """Bytes of the pages in use, the free list's not counted."""
+    stat = txn.stat()
+    return int((stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"])
+
+
+def encode_runs(
+    samples: Samples,
+    tokenizer_id: str,
+    arrival: float,
+    dictionary: Dictionary | None,
+    revision: int = 0,
+) -> list[tuple[int, bytes]]:
+    """Samples as blocks by their first seq: one, but for a commit of more than 65,535."""
+    parts = [samples[i : i + MAX_SAMPLES] for i in range(0, len(samples), MAX_SAMPLES)]
+    return [
+        (part.first_seq, encode_block(part, tokenizer_id, arrival, dictionary, revision)) for part in parts
+    ]
+
+
+class RingWriter:
+    """What one write transaction does to the ring; `finish` writes the state row that makes it whole.
+
+    Args:
+        txn: The transaction, opened with buffers.
+        state: The state before it.
+        map_bytes: Size of the file.
+        encode: `encode_runs` for this ring.
+        dictionaries: Finds any dictionary by its id.
+    """
+
+    def __init__(
+        self,
+        txn: lmdb.Transaction,
+        state: RingState,
+        map_bytes: int,
+        encode: Callable[..., list[tuple[int, bytes]]],
+        dictionaries: Callable[[int], Dictionary | None],
+    ) -> None:
+        self.txn = txn
+        self.state = state
+        self.rows = SealedRows(txn, state.rows_sum)
+        self.blocks_sum = state.blocks_sum
+        self._map_bytes = map_bytes
+        self.encode = encode
+        self._dictionaries = dictionaries
+
+    def finish(self, state: RingState) -> RingState:
+        """Write the state row: the last write of every transaction."""
+        state = msgspec.structs.replace(
+            state,
+            txn=self.txn.id(),
+            tail_seq=self._oldest_seq(state.next_seq),
+            rows_sum=self.rows.total,
+            blocks_sum=self.blocks_sum,
+        )
+        self.txn.put(STATE, seal(STATE, msgspec.msgpack.encode(state)))
+        return state
+
+    # -- blocks -----------------------------------------------------------------------------------
+
+    def put_block(self, first_seq: int, block: bytes) -> None:
+        """Write a block, in place of the one that began at the same seq."""
+        key = block_key(first_seq)
+        if (before := self.txn.get(key)) is not None:
+            self.blocks_sum ^= block_checksum(before)
+        self.blocks_sum ^= block_checksum(block)
+        self.txn.put(key, block)
+
+    def delete_block(self, first_seq: int) -> None:
+        """Delete the block that begins at a seq."""
+        key = block_key(first_seq)
+        if (before := self.txn.get(key)) is not None:
+            self.blocks_sum ^= block_checksum(before)
+            self.txn.delete(key)
+
+    def sum_blocks_anew(self) -> None:
+        """Take the sum of the blocks as they lie there: damaged ones made the old sum meaningless."""
+        self.blocks_sum = 0
+        for _, block in newest_blocks(self.txn):
+            self.blocks_sum ^= block_checksum(block)
+
+    def make_room(self, incoming: int) -> None:
+        """Evict above the high-water mark, down to the low one.
+
+        Raises: RingFullError if other rows than blocks fill the ring, before it is full: then deletes fail.
+        """
+        if live_bytes(self.txn) + incoming > HIGH_WATER * self._map_bytes:
+            self.evict_down_to(int(LOW_WATER * self._map_bytes) - incoming)
+        if live_bytes(self.txn) + incoming > REFUSE_WATER * self._map_bytes:
+            raise RingFullError("rows other than blocks fill the ring", hint="raise ring.max_bytes")
+
+    def evict_down_to(self, left: int) -> None:
+        """Delete the oldest blocks until so many bytes are live."""
+        cursor = self.txn.cursor()
+        while live_bytes(self.txn) > left and cursor.last() and is_block(cursor):
+            self.blocks_sum ^= block_checksum(cursor.value())
+            cursor.delete()
+
+    def evict_older_than(self, stream_time: float) -> None:
+        """Delete the blocks whose commits are older than a stream time."""
+        cursor = self.txn.cursor()
+        while cursor.last() and is_block(cursor) and _arrival_of(cursor.value()) < stream_time:
+            self.blocks_sum ^= block_checksum(cursor.value())
+            cursor.delete()
+
+    def merge_small_blocks(self) -> None:
+        """Make one block of the newest ones, once enough small ones follow each other."""
+        small: list[tuple[int, bytes]] = []
+        for first_seq, block in itertools.islice(newest_blocks(self.txn), SMALL_BLOCKS):
+            if len(block) >= SMALL_BLOCK_BYTES:
+                return
+            small.append((first_seq, bytes(block)))
+        if len(small) < SMALL_BLOCKS:
+            return
+        try:
+            headers = [read_header(block) for _, block in small]
+            merged = Samples.concat(decode_block(block, self._dictionaries) for _, block in reversed(small))
+        except (CorruptBlockError, ValueError):
+            return  # found and set aside by the next check; until then they stay as they are
+        if len(merged) > MAX_SAMPLES:
+            return
+        for first_seq, _ in small:
+            self.delete_block(first_seq)
+        # The newest arrival, so that age evicts none before its time; the highest revision, so that the
+        # merged block is newer than every copy of its parts.
+        arrival, revision = max(h.arrival for h in headers), max(h.revision for h in headers)
+        for first_seq, block in self.encode(merged, arrival=arrival, revision=revision):
+            self.put_block(first_seq, block)
+
+    def _oldest_seq(self, next_seq: int) -> int:
+        """First seq of the oldest block, by its key: a block whose header is damaged can be evicted too."""
+        return next((seq for seq, _ in blocks_from(self.txn)), next_seq)
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def put_dead_letters(self, state: RingState, letters: Sequence[DeadLetter]) -> RingState:
+        """Append dead letters; the oldest go when there are too many or they take too much."""
+        first, number, size = state.dead_first, state.dead_next, state.dead_bytes
+        limit = self._map_bytes // 16
+        for letter in letters:
+            data = msgspec.msgpack.encode(letter)
+            self.rows.put(U64.pack(b"D", number), data)
+            number, size = number + 1, size + len(data)
+        while number - first > MAX_DEAD_LETTERS or (size > limit and number - first > 1):
+            key = U64.pack(b"D", first)
+            size -= len(self.rows.get(key) or b"")
+            self.rows.delete(key)
+            first += 1
+        return msgspec.structs.replace(state, dead_first=first, dead_next=number, dead_bytes=size)
+
+    def put_windows(self, closed: Sequence[ClosedWindow]) -> None:
+        """Write closed windows; those too far back go."""
+        for row in closed:
+            self.rows.put(U32.pack(b"W", row.window), msgspec.msgpack.encode(row))
+            if row.window > MAX_WINDOW_ROWS:
+                self.rows.delete(U32.pack(b"W", row.window - MAX_WINDOW_ROWS))
+
+    def put_named(self, prefix: bytes, name: str, value: bytes) -> None:
+        """Write a position or a reference; an empty value forgets it."""
+        key = prefix + name.encode()
+        if value:
+            self.rows.put(key, value)
+        else:
+            self.rows.delete(key)
+
+
+def _arrival_of(block: bytes | memoryview) -> float:
+    try:
+        return read_header(block).arrival
+    except CorruptBlockError:
+        return -math.inf  # nothing can be done with it: it goes first

@@ -1,0 +1,257 @@
+"""What the ring does about damage: blanks in the place of what is lost, and everything else goes on."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from storage.block import BLANK, HASH_BYTES, Samples
+from storage.dictionary import dictionary_file
+from storage.errors import CorruptRingError, FormatTooNewError
+from storage.ring import Commit, Ring
+from storage.ring_writer import SMALL_BLOCKS, STATE, U32, block_key, newest_blocks
+from storage.rows import seal
+from storage.windows import OpenWindow
+
+TOKENIZER = "00112233aabbccdd"
+WORDS = [random.Random(i).choices(range(49_152), k=12) for i in range(30)]
+
+
+def samples(first: int, n: int, subjects: str = "") -> Samples:
+    """Text that repeats itself, so that a dictionary pays."""
+    rng = random.Random(first)
+    texts = [rng.choice(WORDS) + rng.choice(WORDS) for _ in range(n)]
+    return Samples(
+        first, ["cmms"] * n, ["text"] * n, [subjects] * n,
+        array("d", [1.7e9 + i for i in range(first, first + n)]), array("I", map(len, texts)),
+        array("I", [token for text in texts for token in text]), bytearray(b"\x01" * sum(map(len, texts))),
+        b"".join((first + i + 1).to_bytes(HASH_BYTES, "big") for i in range(n)),
+    )  # fmt: skip
+
+
+def commit(ring: Ring, n: int, subjects: str = "") -> Samples:
+    made = samples(ring.state.next_seq, n, subjects)
+    ring.commit(Commit(samples=made, stream_time=float(ring.state.commits), window=OpenWindow(), counters={}))
+    return made
+
+
+def open_ring(tmp_path: Path) -> Ring:
+    return Ring.open_or_create(tmp_path / "ring", shard="main", tokenizer_id=TOKENIZER, max_bytes=4 << 20)
+
+
+def damage(ring: Ring, key: bytes, change: int = -1) -> None:
+    """Flip a bit of a value behind the ring's back, in a transaction whose state row is in order."""
+    with ring._env.begin(write=True) as txn:
+        value = bytearray(txn.get(key) or b"")
+        value[change] ^= 4
+        txn.put(key, bytes(value))
+        ring.state = msgspec.structs.replace(ring.state, txn=txn.id())
+        txn.put(STATE, seal(STATE, msgspec.msgpack.encode(ring.state)))
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> Ring:
+    return open_ring(tmp_path)
+
+
+def test_a_damaged_block_is_read_as_blanks_and_the_others_as_they_were(ring: Ring) -> None:
+    parts = [commit(ring, 10) for _ in range(3)]
+    damage(ring, block_key(10))
+    found = ring.read(5, 24)
+    assert found[:5] == parts[0][5:]
+    assert found[5:15] == Samples.blank(10, 10)
+    assert found[15:] == parts[2][:5]
+    assert [(seq, "checksum" in words) for seq, words in ring.check_blocks()] == [(10, True)]
+
+
+@pytest.mark.parametrize("at", [0, 8, 16, 24, 60, 70, -1])
+def test_quarantine_makes_the_ring_whole_again(tmp_path: Path, ring: Ring, at: int) -> None:
+    """Whichever field is hit: the samples of that block are lost, counted and kept for whoever wants them."""
+    parts = [commit(ring, 10) for _ in range(3)]
+    damage(ring, block_key(10), at)
+    (row,) = ring.quarantine(tmp_path / "quarantine")
+    assert (row.first_seq, row.samples) == (10, 10)
+    assert len((tmp_path / "quarantine" / row.file).read_bytes()) > 64
+    assert list(ring.check_blocks()) == []
+    assert ring.quarantine(tmp_path / "quarantine") == []
+    assert ring.quarantined() == [row]
+    assert ring.state.lost == 10
+    ring.close()
+    with open_ring(tmp_path) as again:
+        later = commit(again, 10)
+        assert again.read(0, 39) == Samples.concat([parts[0], Samples.blank(10, 10), parts[2], later])
+
+
+def test_a_block_that_vanished_is_found_and_replaced(tmp_path: Path, ring: Ring) -> None:
+    for _ in range(3):
+        commit(ring, 10)
+    with ring._env.begin(write=True) as txn:
+        txn.delete(block_key(10))
+        ring.state = msgspec.structs.replace(ring.state, txn=txn.id())
+        txn.put(STATE, seal(STATE, msgspec.msgpack.encode(ring.state)))
+    assert ring.read(0, 29).kinds[10:20] == [BLANK] * 10
+    assert [row.first_seq for row in ring.quarantine(tmp_path / "quarantine")] == [10]
+    assert list(ring.check_blocks()) == []
+
+
+def test_an_older_block_in_the_place_of_a_newer_one_is_noticed(ring: Ring) -> None:
+    """A write that the medium dropped brings back what was forgotten, with a good checksum."""
+    commit(ring, 10, subjects="crew-b")
+    with ring._env.begin() as txn:
+        before = txn.get(block_key(0))
+    assert ring.forget("crew-b") == 10
+    with ring._env.begin(write=True) as txn:
+        assert before
+        txn.put(block_key(0), before)
+        ring.state = msgspec.structs.replace(ring.state, txn=txn.id())
+        txn.put(STATE, seal(STATE, msgspec.msgpack.encode(ring.state)))
+    assert [words for _, words in ring.check_blocks()] == ["a block is not the one that was written last"]
+
+
+@pytest.mark.parametrize("key", [b"p" + b"work.jsonl", STATE])
+def test_a_damaged_row_is_refused_at_the_next_start(tmp_path: Path, ring: Ring, key: bytes) -> None:
+    made = samples(0, 3)
+    ring.commit(
+        Commit(
+            samples=made, stream_time=1.0, window=OpenWindow(), counters={}, positions={"work.jsonl": b"12"}
+        )
+    )
+    with ring._env.begin(write=True) as txn:
+        value = bytearray(txn.get(key) or b"")
+        state = msgspec.structs.replace(ring.state, txn=txn.id())
+        txn.put(STATE, seal(STATE, msgspec.msgpack.encode(state)))
+        value[1] ^= 1
+        txn.put(key, bytes(value))
+    ring.close()
+    with pytest.raises(CorruptRingError, match="doctor"):
+        open_ring(tmp_path)
+
+
+def test_a_row_that_vanished_is_noticed(tmp_path: Path, ring: Ring) -> None:
+    empty = Samples()
+    ring.commit(
+        Commit(samples=empty, stream_time=1.0, window=OpenWindow(), counters={}, positions={"a": b"1"})
+    )
+    with ring._env.begin(write=True) as txn:
+        txn.delete(b"pa")
+        state = msgspec.structs.replace(ring.state, txn=txn.id())
+        txn.put(STATE, seal(STATE, msgspec.msgpack.encode(state)))
+    ring.close()
+    with pytest.raises(CorruptRingError, match="rows are lost"):
+        open_ring(tmp_path)
+
+
+def test_a_snapshot_that_is_not_the_one_its_meta_page_claims_is_refused(ring: Ring) -> None:
+    """The state row names the transaction that wrote it; a flipped id in a meta page shows."""
+    commit(ring, 3)
+    with ring._env.begin(write=True) as txn:
+        txn.put(b"pa", seal(b"pa", b"1"))
+    with pytest.raises(CorruptRingError, match="meta page"):
+        ring.read_state()
+
+
+# -- merging, dictionary, forgetting ----------------------------------------------------------------
+
+
+def block_sizes(ring: Ring) -> list[int]:
+    with ring._env.begin() as txn:
+        return [len(block) for _, block in newest_blocks(txn)]
+
+
+def test_small_blocks_are_merged_and_nothing_else_changes(ring: Ring) -> None:
+    parts = [commit(ring, 3) for _ in range(SMALL_BLOCKS - 1)]
+    assert len(block_sizes(ring)) == SMALL_BLOCKS - 1
+    parts += [commit(ring, 3) for _ in range(30)]
+    assert len(block_sizes(ring)) < SMALL_BLOCKS
+    whole = Samples.concat(parts)
+    assert ring.read(0, len(whole) - 1) == whole
+    assert ring.state.digest == whole.extend_digest(bytes(32))
+    assert ring.newest_hashes(1_000) == whole.hashes
+    assert list(ring.check_blocks()) == []
+
+
+def trained(ring: Ring) -> int:
+    """Commit until the ring has a dictionary. Returns: its id."""
+    for _ in range(60):
+        commit(ring, 50)
+    (number,) = ring._dictionary_rows()
+    return number
+
+
+def test_a_dictionary_is_trained_on_the_early_blocks_and_makes_later_ones_smaller(ring: Ring) -> None:
+    commit(ring, 20)
+    (before,) = block_sizes(ring)
+    trained(ring)
+    commit(ring, 20)
+    assert block_sizes(ring)[0] < 0.8 * before
+    assert dictionary_file(ring.folder, *ring._dictionary_rows()).exists()
+
+
+def test_a_dictionary_survives_the_loss_of_its_row_or_of_its_copy(tmp_path: Path, ring: Ring) -> None:
+    number = trained(ring)
+    last = commit(ring, 20)
+    copy = dictionary_file(ring.folder, number)
+    damage(ring, U32.pack(b"Z", number), 100)
+    ring.close()
+    with open_ring(tmp_path) as again:
+        assert again.read(last.first_seq, again.state.next_seq - 1) == last
+        copy.unlink()
+    with open_ring(tmp_path) as again:
+        assert again.read(last.first_seq, again.state.next_seq - 1) == last
+        assert copy.exists()
+
+
+def test_without_its_dictionary_a_block_is_lost_but_its_hashes_are_known(tmp_path: Path, ring: Ring) -> None:
+    """Row and copy gone: the blocks that need it become blanks, and a new dictionary is trained."""
+    number = trained(ring)
+    first = commit(ring, 20).first_seq
+    damage(ring, U32.pack(b"Z", number), 100)
+    hashes = ring.newest_hashes(20)
+    ring.close()
+    dictionary_file(tmp_path / "ring", number).unlink()
+    with open_ring(tmp_path) as again:
+        assert again.read(first, first + 19).kinds == [BLANK] * 20
+        assert any(row.first_seq <= first < row.first_seq + row.samples
+                   for row in again.quarantine(tmp_path / "q"))  # fmt: skip
+        assert again.newest_hashes(20) == hashes
+        assert list(again.check_blocks()) == []
+        assert trained(again) != number
+
+
+def test_forgetting_blanks_the_samples_of_one_subject_only(tmp_path: Path, ring: Ring) -> None:
+    kept, gone = commit(ring, 5, "crew-a"), commit(ring, 5, "crew-b")
+    digest, hashes = ring.state.digest, ring.newest_hashes(10)
+    assert ring.forget("crew-b") == 5
+    assert ring.forget("crew-b") == 0
+    found = ring.read(0, 9)
+    assert found[:5] == kept
+    assert found[5:] == gone.without(range(5))
+    assert set(found.subjects) == {"crew-a", ""}
+    assert (ring.state.digest, ring.newest_hashes(10), ring.state.forgotten) == (digest, hashes, 5)
+    assert list(ring.check_blocks()) == []
+
+
+def test_readers_are_seen_with_how_far_they_are_behind(tmp_path: Path, ring: Ring) -> None:
+    commit(ring, 1)
+    assert ring.readers() == []
+    with ring._env.begin():
+        commit(ring, 1)
+        (reader,) = ring.readers()
+    assert reader.behind == 1
+    assert ring.clear_stale_readers() == 0
+
+
+def test_a_newer_ring_is_refused_and_left_alone(tmp_path: Path, ring: Ring) -> None:
+    with ring._env.begin(write=True) as txn:
+        txn.put(
+            b"H", msgspec.msgpack.encode({"format": 3, "shard": "main", "tokenizer_id": "", "dedup_key": b""})
+        )
+    ring.close()
+    before = (tmp_path / "ring" / "data.mdb").read_bytes()
+    with pytest.raises(FormatTooNewError, match="upgrade"):
+        open_ring(tmp_path)
+    assert (tmp_path / "ring" / "data.mdb").read_bytes() == before
