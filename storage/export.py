@@ -16,8 +16,9 @@ from storage.block import decode_block, read_header
 from storage.durable import fsync_folder, remove_folder, rename_durably
 from storage.env import create_environment, open_environment
 from storage.errors import CorruptBlockError, StorageError
-from storage.ring import HIGH_WATER, RING_FORMAT, Ring
+from storage.ring import RING_FORMAT, Ring
 from storage.ring_file import BLOCK, DamagedFileError, RingFileWriter, read_ring_file
+from storage.ring_writer import HIGH_WATER
 from storage.walk import walk
 from storage.windows import OpenWindow, RingHeader, RingState
 

@@ -1,4 +1,4 @@
-"""The ring against a plain list: commits, evictions, forgetting, claims, crashes and reopenings in any order."""
+"""The ring against a plain list: commits, evictions, forgetting, claims, crashes and reopenings."""
 
 from __future__ import annotations
 
