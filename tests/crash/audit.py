@@ -87,13 +87,11 @@ def check_contents(ring: Ring, sent: Callable[[int, int], Samples]) -> Samples:
     state = ring.read_state()
     if not state.tail_seq <= state.next_seq:
         raise Violation("I3", f"tail {state.tail_seq} is after next {state.next_seq}")
-    expected_first = state.tail_seq
     for first, problem in ring.check_blocks():
         if problem:
             raise Violation("I3", f"block at seq {first}: {problem}")
-        if first < expected_first:
-            raise Violation("I3", f"block at seq {first} comes after one that reaches {expected_first}")
-        expected_first = first + 1
+    if state.lost or ring.quarantined():
+        raise Violation("I1", f"{state.lost} samples are noted as lost to damage, and nothing was damaged")
     if state.tail_seq == state.next_seq:
         return Samples()
     try:
@@ -113,7 +111,7 @@ def _check_hashes(ring: Ring, held: Samples) -> None:
     known = [value for value in hashes if value != NO_HASH]
     if len(set(known)) != len(known):
         raise Violation("I2", f"{len(known) - len(set(known))} samples are stored twice")
-    if ring.newest_hashes(HASHES_REBUILT) != hashes[-HASHES_REBUILT:]:
+    if ring.newest_hashes(HASHES_REBUILT) != held.hashes[-HASHES_REBUILT * HASH_BYTES :]:
         raise Violation("I2", "the dedup hashes rebuilt are not those of the samples held")
 
 

@@ -155,6 +155,27 @@ shutil.rmtree(ROOT + "/folder")
     assert offsets == [10, 1_020, 1_024, 100, 0]
 
 
+def test_calls_that_threads_interrupt_are_put_together_again(tmp_path: Path):
+    """strace prints them in two lines; what each thread wrote is recorded whole, in its own order."""
+    code = """
+import threading
+def write(name):
+    fd = os.open(f"{ROOT}/{name}", os.O_WRONLY | os.O_CREAT)
+    for n in range(100):
+        os.write(fd, f"{name} {n};".encode() * 100)
+        os.fsync(fd)
+threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    recording = run(tmp_path, code)
+    assert "resumed>" in (tmp_path / "trace").read_text()
+    written = [op.data for op in recording.operations if isinstance(op, Write)]
+    for name in "abc":
+        own = [data for data in written if data.startswith(name.encode())]
+        assert own == [f"{name} {n};".encode() * 100 for n in range(100)]
+
+
 # This module is a workload too: one whose audit dies.
 
 

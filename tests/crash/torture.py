@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.crash.explore import Exploration, explore, record_workload, scratch_folder
-from tests.crash.recorder import strace_problem
+from tests.crash.recorder import load, strace_problem
+from tests.crash.states import CrashStates
 
 __all__ = ["POWER_CUTS", "Part", "main", "parts"]
 
@@ -115,7 +116,12 @@ def _again(kept: Path, part: Part, index: int) -> str:
 
 
 def _one_state(recording: Path, workload: str, seed: int, index: int) -> int:
-    """Audit one state of a kept recording and leave it for a look."""
+    """Audit one state of a kept recording, and leave an untouched copy of it beside for a look."""
+    states, copy = CrashStates(load(recording), seed), recording / f"state-{index}"
+    shutil.rmtree(copy, ignore_errors=True)
+    for state in states.build([index]):
+        states.write(state, copy)
+        print(f"{copy}: {state.text}")
     with scratch_folder() as scratch:
         found = explore(workload, recording, [index], seed, scratch, workers=1)
     print(found.failures[0] if found.failures else f"{workload} seed {seed} state {index}: holds")

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from storage.durable import make_private_folder
+from storage.folder import DataFolder
 from tests.crash.audit import Violation, acknowledged_numbers, audit_plan, opened
-from tests.crash.plan import Plan, say
+from tests.crash.plan import SHARD, Plan, say
 
 __all__ = ["audit", "prepare", "run"]
 
@@ -20,7 +22,19 @@ def _plan(seed: int) -> Plan:
 
 
 def prepare(root: Path, seed: int) -> None:
-    """Nothing: there is only the folder that the data folder is made in."""
+    """Nothing, or by the seed what a start left that was cut short before its marker, or after it."""
+    path = root / "var" / "data"
+    if seed % 3 == 1:
+        for part in ("ring", "versions"):
+            make_private_folder(path / part)
+        (path / "edgewater.json.tmp").write_bytes(b'{"format":')
+    if seed % 3 == 2:
+        data = DataFolder.open(path, create=True)
+        for aside in (data.ring / f"{SHARD}.new", data.registry.with_name("registry.new")):
+            make_private_folder(aside)
+            (aside / "data.mdb").write_bytes(bytes(5_000) + b"half a page")
+            (aside / "lock.mdb").write_bytes(b"\xff" * 4_224)
+        data.close()
 
 
 def run(root: Path, seed: int) -> None:
