@@ -83,7 +83,8 @@ def device(scratch: Path, size_bytes: int, options: str = "") -> Iterator[Device
             try:
                 yield Device(folder, Path(loop).name)
             finally:
-                _run("umount", str(folder))
+                # Lazily: what failed above may still hold files open, and must not leave a mount behind.
+                _run("umount", "--lazy", str(folder))
         finally:
             _run("losetup", "--detach", loop)
 
