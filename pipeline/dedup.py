@@ -8,11 +8,13 @@ their reference values are the same kind of memory.
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 
+from pipeline.clock import HOLD_S
 from pipeline.events import Batch, Event, Exchange, Line, Reading, Text
 from pipeline.render import Deadband
 from storage.block import HASH_BYTES
@@ -22,53 +24,111 @@ __all__ = ["Dedup", "DedupMode", "SeenHashes"]
 MAX_REFERENCE_TAGS = 1_024  # a source that invents tags must not grow its row without end
 DedupMode = str  # "delivery" | "content" | "none", checked by the configuration
 NO_HASH = bytes(HASH_BYTES)
+_key = struct.Struct("<Q").unpack_from  # of a hash; alike in array("Q"), since blocks are little-endian too
 
 
 class SeenHashes:
     """Hashes of the newest `horizon` samples, first in first out, as far as the ring holds them.
 
-    Holds the leading 8 bytes of each as an integer: among 200,000 of them a new event is taken for an
-    old one by chance once in 10^14. About 100 bytes a hash.
+    Holds the leading 8 bytes of each as an integer, its key: among 200,000 of them a new event is taken for
+    an old one by chance once in 10^14. 24 bytes a hash, taken once: the keys by seq, 8 bytes, and a table of
+    twice as many slots, 8 bytes each, in which a key lies at the first free slot from `key % slots` downward.
+
+    Downward, because Python's negative indices then wrap around by themselves; and never more than half full,
+    so a search ends after about two slots. A key that is forgotten leaves no tombstone: those that passed
+    over it on their way move up, so the table never has to be rebuilt while events wait.
 
     Args:
         horizon: So many samples back.
         next_seq: Seq of the next sample.
-        hashes: Those of the samples before it, oldest first, at most `horizon`.
+        hashes: Those of the samples before it, HASH_BYTES each, oldest first, at most `horizon`.
     """
 
-    def __init__(self, horizon: int, next_seq: int = 0, hashes: Sequence[bytes] = ()) -> None:
+    def __init__(self, horizon: int, next_seq: int = 0, hashes: bytes = b"") -> None:
+        count = len(hashes) // HASH_BYTES
+        if count > horizon:
+            raise ValueError(f"{count} hashes for a horizon of {horizon}")
         self._horizon = horizon
-        self._keys: array[int] = array("Q", bytes(8 * horizon))  # by seq, 0 where nothing identifies it
-        self._first, self._next = next_seq - len(hashes), next_seq
-        self._seen: set[int] = set()
-        for seq, digest in zip(reversed(range(self._first, next_seq)), reversed(hashes), strict=True):
-            self._keys[seq % horizon] = self._new_key(digest)
+        self._keys = array("Q", [0]) * horizon  # by seq, 0 where nothing identifies the sample
+        self._slots = array("Q", [0]) * (2 * horizon or 1)  # 0 is free
+        self._held = 0
+        self._first, self._next = next_seq - count, next_seq
+        if count:
+            keys = self._fill(array("Q", hashes)[:: HASH_BYTES // 8])
+            start = self._first % horizon
+            self._keys[start : start + count] = keys[: horizon - start]
+            self._keys[: max(0, start + count - horizon)] = keys[horizon - start :]
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return self._held
 
     def __contains__(self, digest: bytes) -> bool:
-        return int.from_bytes(digest[:8], "little") in self._seen
+        key = _key(digest)[0]
+        slots = self._slots
+        at = key % len(slots)
+        while held := slots[at]:
+            if held == key:
+                return True
+            at -= 1
+        return False
 
     def add(self, digest: bytes) -> None:
         """Remember the hash of the next sample; the one beyond the horizon is forgotten."""
-        if self._horizon:
+        if not self._horizon:
+            return
+        if self._first <= self._next - self._horizon:
             self.forget_before(self._next + 1 - self._horizon)
-            self._keys[self._next % self._horizon] = self._new_key(digest)
-            self._next += 1
+        key = _key(digest)[0]
+        slots = self._slots
+        at = key % len(slots)
+        while (held := slots[at]) and held != key:
+            at -= 1
+        if held or not key:
+            key = 0
+        else:
+            slots[at] = key
+            self._held += 1
+        self._keys[self._next % self._horizon] = key
+        self._next += 1
 
     def forget_before(self, seq: int) -> None:
         """Forget samples before a seq: a restart could not read them back, and must not decide otherwise."""
         while self._first < min(seq, self._next):
-            self._seen.discard(self._keys[self._first % self._horizon])
+            if key := self._keys[self._first % self._horizon]:
+                self._remove(key)
             self._first += 1
 
-    def _new_key(self, digest: bytes) -> int:
-        key = int.from_bytes(digest[:8], "little")
-        if not key or key in self._seen:  # the newer of two keeps it
-            return 0
-        self._seen.add(key)
-        return key
+    def _fill(self, keys: array[int]) -> array[int]:
+        """Put the keys of consecutive samples into the empty table. Returns: them, 0 for a repeated one."""
+        slots = self._slots
+        count = len(slots)
+        for i in range(len(keys) - 1, -1, -1):  # the newer of two equal ones keeps it
+            key = keys[i]
+            at = key % count
+            while (held := slots[at]) and held != key:
+                at -= 1
+            if held or not key:
+                keys[i] = 0
+            else:
+                slots[at] = key
+                self._held += 1
+        return keys
+
+    def _remove(self, key: int) -> None:
+        slots = self._slots
+        count = len(slots)
+        hole = key % count
+        while slots[hole] != key:
+            hole -= 1
+        at = hole - 1
+        while held := slots[at]:
+            # A search for `held` starts at `held % count` and goes down: does it pass the hole before `at`?
+            if (held - at) % count >= hole - at:
+                slots[hole] = held
+                hole = at
+            at -= 1
+        slots[hole] = 0
+        self._held -= 1
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -160,7 +220,9 @@ class Dedup:
         if deadband is None:
             return True
         last = self._references.get(source)
-        if last and deadband.silent(last.values, event.values, now - last.at):
+        # A clock that stepped back says nothing about the silence: report, and count from the new time.
+        back = deadband.max_silence_s > 0 and last is not None and now - last.at <= -HOLD_S
+        if last and not back and deadband.silent(last.values, event.values, now - last.at):
             return False
         values = {**(last.values if last else {}), **event.values}
         kept = dict(list(values.items())[-MAX_REFERENCE_TAGS:])

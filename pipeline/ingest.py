@@ -29,7 +29,6 @@ from pipeline.sources.inbox import Connector, Inbox
 from pipeline.sources.stdin import StdinConnector
 from pipeline.tokenization import BatchTokenizer, TokenizeStep
 from pipeline.triggers import ThresholdTrigger
-from storage.block import HASH_BYTES
 from storage.folder import DataFolder
 from storage.registry import Registry
 from storage.ring import Ring
@@ -160,9 +159,7 @@ def build_steps(
     rules = SourceRules(config)
     horizon = config.dedup.horizon_events
     started = time.monotonic()
-    joined = ring.newest_hashes(horizon)
-    hashes = [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
-    seen = SeenHashes(horizon, ring.state.next_seq, hashes)
+    seen = SeenHashes(horizon, ring.state.next_seq, ring.newest_hashes(horizon))
     log.info("read %d dedup hashes back in %.2f s", len(seen), time.monotonic() - started)
     dedup = Dedup(
         ring.header.dedup_key,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+import tracemalloc
 from collections import deque
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.decode import decode
@@ -35,8 +38,9 @@ class Stream:
     def open(self) -> None:
         """As after a restart: from what the ring holds."""
         held = self.hashes[self.tail :][-self.horizon :] if self.horizon else []
+        seen = SeenHashes(self.horizon, len(self.hashes), b"".join(held))
         self.step = Dedup(
-            self.key, SeenHashes(self.horizon, len(self.hashes), held), lambda: self.tail, self.references,
+            self.key, seen, lambda: self.tail, self.references,
             lambda source, kind: self.mode, lambda source: self.deadband,
         )  # fmt: skip
 
@@ -186,7 +190,7 @@ def test_seen_hashes_are_those_of_the_newest_samples(horizon: int, keys: list[by
     """Against a deque; built from what the ring holds, it is the same, also where two are alike."""
     digests = [key * 16 for key in keys]
     model = deque(digests[:cut], horizon)
-    seen = SeenHashes(horizon, len(digests[:cut]), list(model))
+    seen = SeenHashes(horizon, len(digests[:cut]), b"".join(model))
     for digest in digests[cut:]:
         assert all((known in seen) == (known in model) for known in digests if known != NO_HASH)
         if digest not in model:
@@ -194,6 +198,90 @@ def test_seen_hashes_are_those_of_the_newest_samples(horizon: int, keys: list[by
             model.append(digest)
     assert {known for known in digests if known in seen} == set(model) - {NO_HASH}
     assert len(seen) == len(set(model) - {NO_HASH})
+
+
+class SetOfHashes:
+    """What SeenHashes promises, written down as plainly as can be: a set beside a list of keys by seq."""
+
+    def __init__(self, horizon: int, next_seq: int, hashes: Sequence[bytes]) -> None:
+        self.horizon, self.first, self.next = horizon, next_seq - len(hashes), next_seq
+        self.seen: set[bytes] = set()
+        self.keys: dict[int, bytes] = {}
+        for n in range(len(hashes) - 1, -1, -1):
+            self.keys[self.first + n] = self.new(hashes[n])
+
+    def new(self, digest: bytes) -> bytes:
+        key = digest[:8]
+        if key == bytes(8) or key in self.seen:
+            return b""
+        self.seen.add(key)
+        return key
+
+    def add(self, digest: bytes) -> None:
+        if self.horizon:
+            self.forget_before(self.next + 1 - self.horizon)
+            self.keys[self.next] = self.new(digest)
+            self.next += 1
+
+    def forget_before(self, seq: int) -> None:
+        while self.first < min(seq, self.next):
+            self.seen.discard(self.keys.pop(self.first))
+            self.first += 1
+
+
+# Few keys of a small table, so that they meet, wrap around and come again; 0 is no key.
+KEYS = st.one_of(
+    st.integers(0, 12), st.integers(0, 3).map(lambda n: 2**64 - 1 - n), st.integers(0, 2**64 - 1)
+)
+DIGESTS = KEYS.map(lambda n: n.to_bytes(8, "little") + b"restrest")
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(0, 9),
+    st.integers(0, 30),
+    st.lists(DIGESTS, max_size=9),
+    st.lists(st.one_of(DIGESTS, st.integers(0, 60)), max_size=60),
+)
+def test_the_table_is_the_set_it_stands_for(
+    horizon: int, next_seq: int, held: list[bytes], steps: list[bytes | int]
+) -> None:
+    """Adding, also what is there, and forgetting before a seq: the same answers and the same length."""
+    held = held[: min(horizon, next_seq)]
+    model = SetOfHashes(horizon, next_seq, held)
+    seen = SeenHashes(horizon, next_seq, b"".join(held))
+    known = [*held, *(step for step in steps if isinstance(step, bytes))]
+    for step in [0, *steps]:
+        if isinstance(step, bytes):
+            model.add(step)
+            seen.add(step)
+        else:
+            model.forget_before(step)
+            seen.forget_before(step)
+        assert [digest in seen for digest in known] == [digest[:8] in model.seen for digest in known]
+        assert len(seen) == len(model.seen)
+
+
+def test_a_hash_costs_24_bytes_however_many_there_are() -> None:
+    """Taken when it starts, and never more."""
+    horizon = 20_000
+    rng = random.Random(1)
+    tracemalloc.start()
+    try:
+        seen = SeenHashes(horizon, horizon, rng.randbytes(16 * horizon))
+        full = tracemalloc.get_traced_memory()[0]
+        for _ in range(2 * horizon):
+            seen.add(rng.randbytes(16))
+        assert tracemalloc.get_traced_memory()[0] - full < 4_096
+    finally:
+        tracemalloc.stop()
+    assert len(seen) == horizon
+    assert 24 * horizon <= full <= 24 * horizon + 4_096
+
+
+def test_more_hashes_than_the_horizon_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 hashes for a horizon of 2"):
+        SeenHashes(2, 10, bytes(48))
 
 
 # -- readings that report by exception --------------------------------------------------------------
@@ -220,6 +308,17 @@ def test_a_reading_is_kept_after_the_longest_silence_in_stream_time() -> None:
         True, False, True,
     ]  # fmt: skip
     assert stream.keeps(reading(at=100.0, ts=9e9)) == [False]
+
+
+def test_a_clock_that_steps_back_silences_nobody() -> None:
+    """An hour back: the next reading is kept, and its silence counts by the new clock; a slip is no step."""
+    stream = Stream(deadband=Deadband({}, 1.0, 60.0))
+    assert stream.keeps(reading(at=9_000.0, ts=1), reading(at=8_950.0, ts=2)) == [True, False]
+    assert stream.keeps(reading(at=5_400.0, ts=3), reading(at=5_459.0, ts=4), reading(at=5_460.0, ts=5)) == [
+        True, False, True,
+    ]  # fmt: skip
+    by_value = Stream(deadband=Deadband({}, 1.0, 0.0))
+    assert by_value.keeps(reading(at=9_000.0, ts=1), reading(at=5_400.0, ts=2)) == [True, False]
 
 
 def test_tags_that_a_reading_lacks_keep_their_last_value() -> None:
