@@ -15,13 +15,13 @@ import msgspec
 from pipeline.config import Config
 from pipeline.looking import SHARD
 from pipeline.progress import Progress
-from storage.block import read_header
-from storage.errors import StorageError
+from storage.block import BlockHeader, read_header
+from storage.errors import CorruptBlockError, StorageError
 from storage.export import Exported, export_ring, export_to_file, import_ring
 from storage.folder import DataFolder
 from storage.registry import Registry
 from storage.ring import Ring
-from storage.walk import walk
+from storage.walk import walk_blocks
 
 __all__ = ["RingInfo", "export_from", "import_into", "ring_info"]
 
@@ -37,7 +37,11 @@ class RingInfo(msgspec.Struct, frozen=True):
         oldest, newest: Stream time of the oldest commit that is held and of the newest, seconds.
         blocks, block_bytes, raw_bytes: Blocks, and their size with and without compression.
         bytes_a_sample: Of the blocks.
+        dictionaries: Ids of the zstd dictionaries that they are packed with.
         closed_windows, open_window, open_samples: Number of the newest closed window and of the open one.
+        lost, forgotten: Samples blanked because of damage, and because their subject was forgotten, ever.
+        quarantined: Cases of damage that are on record.
+        damaged_blocks: Blocks whose header cannot be read; `edgewater doctor` checks the rest of them too.
     """
 
     folder: str
@@ -55,10 +59,15 @@ class RingInfo(msgspec.Struct, frozen=True):
     block_bytes: int
     raw_bytes: int
     bytes_a_sample: float | None
+    dictionaries: list[str]
     closed_windows: int
     open_window: int
     open_samples: int
     dead_letters: int
+    lost: int
+    forgotten: int
+    quarantined: int
+    damaged_blocks: int
 
 
 def ring_info(config: Config) -> tuple[RingInfo, str]:
@@ -66,14 +75,10 @@ def ring_info(config: Config) -> tuple[RingInfo, str]:
     with ExitStack() as stack:
         ring = _open(stack, config)
         state, usage = ring.read_state(), ring.usage()
-        headers = [
-            (read_header(head), size)
-            for _, (head, size) in walk(
-                ring, b"b", state.tail_seq, state.next_seq, lambda data: (bytes(data[:128]), len(data))
-            )
-        ]
-        block_bytes = sum(size for _, size in headers)
-        samples = sum(header.samples for header, _ in headers)
+        seen = [found for _, found in walk_blocks(ring, state.tail_seq, state.next_seq, _header_of)]
+        headers = [header for header, _ in seen if header]
+        block_bytes = sum(size for _, size in seen)
+        samples = state.next_seq - state.tail_seq
         info = RingInfo(
             folder=str(ring.folder),
             format=ring.header.format,
@@ -81,21 +86,33 @@ def ring_info(config: Config) -> tuple[RingInfo, str]:
             map_bytes=usage.map_bytes,
             live_bytes=usage.live_bytes,
             commits=state.commits,
-            first_seq=headers[0][0].first_seq if headers else state.next_seq,
+            first_seq=state.tail_seq,
             next_seq=state.next_seq,
             samples=samples,
-            oldest=headers[0][0].arrival if headers else None,
+            oldest=headers[0].arrival if headers else None,
             newest=state.stream_time if state.commits else None,
-            blocks=len(headers),
+            blocks=len(seen),
             block_bytes=block_bytes,
-            raw_bytes=sum(header.raw_bytes for header, _ in headers),
+            raw_bytes=sum(header.block_bytes - header.stored_bytes + header.raw_bytes for header in headers),
             bytes_a_sample=block_bytes / samples if samples else None,
+            dictionaries=sorted({f"{header.dictionary:08x}" for header in headers if header.dictionary}),
             closed_windows=state.window.window - 1,
             open_window=state.window.window,
             open_samples=state.window.samples,
             dead_letters=state.dead_next - state.dead_first,
+            lost=state.lost,
+            forgotten=state.forgotten,
+            quarantined=len(ring.quarantined()),
+            damaged_blocks=len(seen) - len(headers),
         )
     return info, _format_info(info)
+
+
+def _header_of(block: bytes | memoryview) -> tuple[BlockHeader | None, int]:
+    try:
+        return read_header(block), len(block)
+    except CorruptBlockError:
+        return None, len(block)
 
 
 def export_from(config: Config, target: Path | BinaryIO) -> tuple[dict[str, Any], str]:
@@ -119,14 +136,17 @@ def import_into(config: Config, source: Path | BinaryIO, max_bytes: int) -> tupl
         for role in (f"ingest-{SHARD}", "admin"):
             stack.enter_context(folder.lock(role))
         file = _seekable(stack, source, folder)
+        window, seq = _used_numbers(folder)
         done = import_ring(
-            file, folder.ring / SHARD, max_bytes, next_window=_next_window(folder), progress=show
+            file, folder.ring / SHARD, max_bytes, least_window=window, least_seq=seq, progress=show
         )
     lines = [
         f"{done.next_seq - done.first_seq:,} samples, seqs {done.first_seq:,} to {done.next_seq:,}, "
         f"{done.blocks:,} blocks, are the ring of {folder.path}",
         f"window {done.window} is open",
     ]
+    if done.lost:
+        lines.append(f"{done.lost:,} samples that came in after the backup are lost; their seqs are blank")
     if done.left_out:
         lines.append(f"the oldest {done.left_out:,} samples of the file were left out: the ring is smaller")
     return {"data_dir": str(folder.path), **msgspec.to_builtins(done)}, "\n".join(lines)
@@ -162,12 +182,14 @@ def _seekable(stack: ExitStack, source: Path | BinaryIO, folder: DataFolder) -> 
     return file
 
 
-def _next_window(folder: DataFolder) -> int:
-    """The number after the last window that the registry knows: an older backup must not give it again."""
+def _used_numbers(folder: DataFolder) -> tuple[int, int]:
+    """First window number and seq that the registry does not know: an older backup must give none again."""
     if not folder.registry.is_dir():
-        return 1
+        return 1, 0
     with Registry.open_reader(folder.registry) as registry:
-        return 1 + max([registry.cursor(SHARD), *(row.last_window for row in registry.updates(SHARD))])
+        rows = registry.updates(SHARD)
+        window = max([registry.cursor(SHARD), *(row.last_window for row in rows)])
+    return window + 1, max([0, *(row.last_seq + 1 for row in rows)])
 
 
 def _format_info(info: RingInfo) -> str:
@@ -185,11 +207,19 @@ def _format_info(info: RingInfo) -> str:
             f"blocks       {info.blocks:,}, {info.block_bytes >> 10:,} KiB,"
             f" {info.bytes_a_sample:.1f} bytes a sample, packed {ratio:.1f} to 1"
         )
+    if info.dictionaries:
+        lines.append(f"dictionary   {', '.join(info.dictionaries)}")
     lines.append(
         f"windows      {info.closed_windows:,} closed, window {info.open_window} open"
         f" with {info.open_samples:,} samples"
     )
     lines.append(f"dead letters {info.dead_letters:,}")
+    lines.append(
+        f"blank        {info.lost:,} samples lost to damage ({info.quarantined:,} cases),"
+        f" {info.forgotten:,} forgotten"
+    )
+    if info.damaged_blocks:
+        lines.append(f"damaged      {info.damaged_blocks:,} blocks: run `edgewater doctor --repair`")
     return "\n".join(lines)
 
 
@@ -198,6 +228,10 @@ def _format_export(done: Exported, place: str) -> str:
         f"{done.samples:,} samples, seqs {done.first_seq:,} to {done.next_seq:,}, {done.blocks:,} blocks,"
         f" {done.bytes:,} bytes" + (f" in {place}" if place != "-" else ""),
     ]
+    if done.damaged:
+        lines.append(
+            f"{done.damaged:,} samples are blank in it, their blocks are damaged: run `edgewater doctor`"
+        )
     if done.evicted:
         lines.append(f"{done.evicted:,} of the oldest samples were evicted while it ran: they are not in it")
     return "\n".join(lines)

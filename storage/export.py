@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import lmdb
 import msgspec
 
-from storage.block import decode_block, read_header
-from storage.durable import fsync_folder, remove_folder, rename_durably
-from storage.env import create_environment, open_environment
+from storage.block import BlockHeader, decode_block, encode_block, read_header, verify_block
+from storage.build import blank_blocks, build_ring, newest_that_fit, quarantine_row
+from storage.durable import remove_folder, rename_durably
 from storage.errors import CorruptBlockError, StorageError
-from storage.ring import RING_FORMAT, Ring
+from storage.ring import RING_FORMAT, Ring, read_ring_header
 from storage.ring_file import BLOCK, DamagedFileError, RingFileWriter, read_ring_file
-from storage.ring_writer import HIGH_WATER
-from storage.walk import walk
+from storage.ring_writer import HEADER, STATE, U32, U64
+from storage.rows import rows_from
+from storage.walk import walk_blocks, walk_letters
 from storage.windows import OpenWindow, RingHeader, RingState
 
 __all__ = ["Exported", "Imported", "export_ring", "export_to_file", "import_ring"]
 
 Progress = Callable[[float, str], None]  # share done, numbers behind it
 
-_STATE, _HEADER = b"s", b"H"
-_SMALL = (b"H", b"W", b"p", b"r")  # copied together with the state, in one transaction
-_U64 = struct.Struct(">cQ")
-_COPY_BYTES = 8 << 20  # a transaction of the import
-_PAGE_BYTES = 4096
+_SMALL = (b"Q", b"W", b"Z", b"p", b"r")  # copied together with the state, in one transaction
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -40,6 +36,7 @@ class Exported(msgspec.Struct, frozen=True):
         first_seq, next_seq: Its samples, the second not included.
         blocks, bytes: Blocks in the file, and its size.
         evicted: Samples that the ring evicted before the export reached them, so that it has them not.
+        damaged: Samples in it that are blank because their blocks are damaged.
     """
 
     first_seq: int
@@ -47,6 +44,7 @@ class Exported(msgspec.Struct, frozen=True):
     blocks: int
     bytes: int
     evicted: int
+    damaged: int
 
     @property
     def samples(self) -> int:
@@ -59,7 +57,9 @@ class Imported(msgspec.Struct, frozen=True):
 
     Attributes:
         first_seq, next_seq: Samples of the new ring, the second not included.
+        blocks: Blocks taken from the file.
         left_out: Older samples of the file, for which the new ring has no room.
+        lost: Samples after those of the file that the registry knows of: they are blank.
         window: Number of the open window.
     """
 
@@ -67,6 +67,7 @@ class Imported(msgspec.Struct, frozen=True):
     next_seq: int
     blocks: int
     left_out: int
+    lost: int
     window: int
 
 
@@ -105,61 +106,101 @@ def export_ring(ring: Ring, out: BinaryIO, progress: Progress = _no_progress) ->
     """Write all that a ring holds at this moment, while ingest goes on writing it.
 
     State, windows, positions and references come from one snapshot; dead letters and blocks are
-    copied after it, in transactions that last milliseconds: what exists of them never changes its number.
-    What ingest evicts meanwhile may be missing at the old end, never in between.
-    Raises: CorruptBlockError on a damaged block.
+    copied after it, in transactions that last milliseconds: what exists of them never changes its place.
+    What ingest evicts meanwhile may be missing at the old end, never in between. Damaged blocks become blank
+    samples, as `Ring.quarantine` would make them.
+    Raises: CorruptRingError if a row is damaged.
     """
-    state, rows = _snapshot(ring)
+    state, header, rows = _snapshot(ring)
     writer = RingFileWriter(out, RING_FORMAT)
-    for key, value in rows:
+    writer.row(HEADER, header)
+    for key, value in rows.items():
         writer.row(key, value)
-    state = _export_dead_letters(ring, writer, state)
-    first_seq, expected, blocks = state.tail_seq, state.tail_seq, 0
-    for seq, data in walk(ring, b"b", state.tail_seq, state.next_seq, bytes):
-        if seq != expected:  # eviction overtook the export: what it has before here is of no use
-            first_seq, blocks = seq, 0
-        expected = _checked(data, seq) + 1
-        writer.block(data)
-        blocks += 1
+    letters = _export_letters(ring, writer, state)
+    known = {key for key in rows if key[:1] == b"Z"}
+    first_seq, expected, blocks, lost = state.tail_seq, state.tail_seq, 0, 0
+    for piece in _pieces(ring, state):
+        if piece.first_seq != expected:  # eviction overtook the export: what is before here is of no use
+            first_seq, blocks, lost = piece.first_seq, 0, 0
+        if piece.dictionary and (key := U32.pack(b"Z", piece.dictionary)) not in known:
+            if found := ring._dictionary(piece.dictionary):  # trained since the snapshot
+                writer.row(key, found.data)
+            known.add(key)
+        if piece.damaged:
+            at = state.stream_time
+            writer.row(*quarantine_row(piece.first_seq, piece.end_seq, "damaged when it was exported", at))
+            lost += piece.end_seq - piece.first_seq
+        writer.block(piece.block)
+        expected, blocks = piece.end_seq, blocks + 1
         progress((expected - state.tail_seq) / (state.next_seq - state.tail_seq), f"{writer.bytes:,} bytes")
     if expected != state.next_seq:
-        first_seq, blocks = state.next_seq, 0
-    kept = msgspec.structs.replace(state, tail_seq=first_seq)
-    writer.row(_STATE, msgspec.msgpack.encode(kept))
-    return Exported(first_seq, state.next_seq, blocks, writer.finish(), first_seq - state.tail_seq)
+        first_seq, blocks, lost = state.next_seq, 0, 0
+    kept = msgspec.structs.replace(
+        letters, tail_seq=first_seq, lost=state.lost + lost, txn=0, rows_sum=0, blocks_sum=0
+    )
+    writer.row(STATE, msgspec.msgpack.encode(kept))
+    return Exported(first_seq, state.next_seq, blocks, writer.finish(), first_seq - state.tail_seq, lost)
 
 
-def _snapshot(ring: Ring) -> tuple[RingState, list[tuple[bytes, bytes]]]:
-    """The state and all rows that change in place, as of one moment."""
+def _snapshot(ring: Ring) -> tuple[RingState, bytes, dict[bytes, bytes]]:
+    """The state, the header, and all rows that change in place, as of one moment."""
     with ring._reading() as txn:
-        found = txn.get(_STATE)
-        rows = [row for prefix in _SMALL for row in _rows_of(txn, prefix)]
-    return msgspec.msgpack.decode(found, type=RingState) if found else RingState(), rows
+        state = ring._state_in(txn)
+        rows = {key: value for prefix in _SMALL for key, value in rows_from(txn, prefix)}
+        return state, bytes(txn.get(HEADER, b"")), rows
 
 
-def _rows_of(txn: lmdb.Transaction, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-    cursor = txn.cursor()
-    found = cursor.set_range(prefix)
-    while found and cursor.key()[:1] == prefix:
-        yield bytes(cursor.key()), bytes(cursor.value())
-        found = cursor.next()
-
-
-def _export_dead_letters(ring: Ring, writer: RingFileWriter, state: RingState) -> RingState:
+def _export_letters(ring: Ring, writer: RingFileWriter, state: RingState) -> RingState:
     first, size = state.dead_next, 0
-    for number, data in walk(ring, b"D", state.dead_first, state.dead_next, bytes):
-        first, size = min(first, number), size + len(data)
-        writer.row(_U64.pack(b"D", number), data)
+    for key, data in walk_letters(ring, state.dead_first, state.dead_next):
+        first, size = min(first, U64.unpack(key)[1]), size + len(data)
+        writer.row(key, data)
     return msgspec.structs.replace(state, dead_first=first, dead_bytes=size)
 
 
-def _checked(data: bytes, seq: int) -> int:
-    """The last seq of a block whose bytes and key are right. Raises: CorruptBlockError."""
-    header = read_header(data)
-    decode_block(data)
-    if header.first_seq != seq:
-        raise CorruptBlockError(f"the block at seq {seq} says that it begins at {header.first_seq}")
-    return header.last_seq
+class _Piece(NamedTuple):
+    """A block of the export."""
+
+    first_seq: int
+    end_seq: int
+    block: bytes
+    dictionary: int = 0
+    damaged: bool = False
+
+
+def _pieces(ring: Ring, state: RingState) -> Iterator[_Piece]:
+    """Blocks from the tail to the end of a snapshot, one behind the other but where eviction overtook."""
+    expected = state.tail_seq
+    for key, block in walk_blocks(ring, expected, state.next_seq, bytes):
+        try:
+            header = verify_block(block)
+            if header.first_seq != key or header.last_seq < expected:
+                continue
+            piece = _Piece(key, header.last_seq + 1, block, header.dictionary)
+            if key < expected or piece.end_seq > state.next_seq:
+                piece = _cut(ring, header, block, expected, state.next_seq)
+        except CorruptBlockError:
+            continue
+        if piece.first_seq > expected and ring.read_state().tail_seq <= expected:
+            yield from _blanks(ring, state, expected, piece.first_seq)
+        yield piece
+        expected = piece.end_seq
+    if expected < state.next_seq and ring.read_state().tail_seq <= expected:
+        yield from _blanks(ring, state, expected, state.next_seq)
+
+
+def _cut(ring: Ring, header: BlockHeader, block: bytes, first_seq: int, stop: int) -> _Piece:
+    """The wanted part of a block that was merged since the snapshot."""
+    part = decode_block(block, ring._dictionary)[max(0, first_seq - header.first_seq) :]
+    part = part[: stop - part.first_seq]
+    dictionary = ring._dictionary(header.dictionary) if header.dictionary else None
+    data = encode_block(part, header.tokenizer_id, header.arrival, dictionary, header.revision)
+    return _Piece(part.first_seq, part.first_seq + len(part), data, header.dictionary)
+
+
+def _blanks(ring: Ring, state: RingState, first_seq: int, end_seq: int) -> Iterator[_Piece]:
+    for first, data in blank_blocks(first_seq, end_seq, ring.header.tokenizer_id, state.stream_time):
+        yield _Piece(first, read_header(data).last_seq + 1, data, damaged=True)
 
 
 # -- import -----------------------------------------------------------------------------------------
@@ -184,7 +225,13 @@ class _Contents(NamedTuple):
 
 
 def import_ring(
-    file: BinaryIO, folder: Path, max_bytes: int, *, next_window: int = 0, progress: Progress = _no_progress
+    file: BinaryIO,
+    folder: Path,
+    max_bytes: int,
+    *,
+    least_window: int = 1,
+    least_seq: int = 0,
+    progress: Progress = _no_progress,
 ) -> Imported:
     """Make a ring of an export, at a place where there is none.
 
@@ -192,34 +239,45 @@ def import_ring(
         file: The export, open at its start; it is read twice.
         folder: Folder of the new ring.
         max_bytes: Its size; where the file holds more, the oldest samples are left out.
-        next_window: Lowest number that the open window may have. If it is higher than the file's, the
-            open window starts anew at the end: its samples belong to a window that was decided already.
+        least_window, least_seq: First numbers that the registry does not know. Where the file is older than
+            that, the samples between are lost, thus blank, and the open window starts anew after them: no
+            number is given twice.
     Raises: DamagedFileError, FormatTooNewError, StorageError; no ring is made then.
     """
-    # 1. The file is read and checked to its end.              Crash: nothing happened.
-    # 2. folder.import.new/ is made, rows and blocks added.    Crash: a stray folder, deleted by the next.
-    # 3. Renamed to folder, synced.                            Crash: no ring, or this one, complete.
+    # 1. The file is read and checked to its end.          Crash: nothing happened.
+    # 2. <shard>.import.new/ made of it, synced.           Crash: a stray folder, deleted by the next import.
+    # 3. Renamed to <shard>, synced.                       From here the ring is there, whole.
     if folder.exists():
         raise StorageError(
             "there is a ring already", path=folder, hint="import into a new data_dir, or move this ring away"
         )
-    contents = _read_contents(file, progress)
+    contents = _without_letters_beyond(_read_contents(file, progress), max_bytes // 16)
+    state, blocks = contents.state, contents.blocks
+    fitting = newest_that_fit([place.bytes for place in blocks], contents.rows, max_bytes)
+    if blocks and not fitting:
+        raise StorageError("the ring would be too small", hint="raise ring.max_bytes or --max-bytes")
+    kept = blocks[len(blocks) - fitting :]
+    first_seq = kept[0].first_seq if kept else state.next_seq
+    made, end = _gone_on(contents, least_window, least_seq), state.next_seq
+    lost = blank_blocks(end, made.state.next_seq, contents.header.tokenizer_id, state.stream_time)
     aside = folder.with_name(folder.name + ".import.new")
-    remove_folder(aside)
     try:
-        create_environment(aside, max_bytes, {_HEADER: contents.rows[_HEADER]})
-        env = open_environment(aside)
-        try:
-            done = _fill(env, file, contents, next_window, progress)
-        finally:
-            env.close()
-        (aside / "lock.mdb").unlink(missing_ok=True)
-        fsync_folder(aside)
+        build_ring(
+            aside,
+            contents.header,
+            made.state,
+            made.rows,
+            chain(_copied(file, kept, progress), lost),
+            max_bytes,
+        )
         rename_durably(aside, folder)
     except BaseException:
         remove_folder(aside)
         raise
-    return done
+    return Imported(
+        first_seq, made.state.next_seq, fitting, first_seq - state.tail_seq, made.state.next_seq - end,
+        made.state.window.window,
+    )  # fmt: skip
 
 
 def _read_contents(file: BinaryIO, progress: Progress) -> _Contents:
@@ -229,91 +287,57 @@ def _read_contents(file: BinaryIO, progress: Progress) -> _Contents:
     blocks: list[_Place] = []
     for record in read_ring_file(file, RING_FORMAT):
         if record.kind == BLOCK:
-            first = read_header(record.value).first_seq
-            last = _checked(record.value, first)
-            blocks.append(_Place(first, last, file.tell() - len(record.value), len(record.value)))
+            header = verify_block(record.value)
+            offset = file.tell() - len(record.value)
+            blocks.append(_Place(header.first_seq, header.last_seq, offset, len(record.value)))
         else:
             rows[record.key] = record.value
         progress(file.tell() / size, f"{file.tell():,} bytes checked")
     try:
-        header = msgspec.msgpack.decode(rows[_HEADER], type=RingHeader)
-        state = msgspec.msgpack.decode(rows.pop(_STATE), type=RingState)
-    except (KeyError, msgspec.MsgspecError) as error:
+        ring_header = read_ring_header(rows.pop(HEADER), Path("the export"))
+        state = msgspec.msgpack.decode(rows.pop(STATE), type=RingState)
+    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedFileError(f"it lacks a header or a state: {error}") from error
     blocks = [place for place in blocks if place.first_seq >= state.tail_seq]  # eviction overtook the others
     ends = [state.tail_seq, *(place.last_seq + 1 for place in blocks)]
     if [place.first_seq for place in blocks] != ends[:-1] or ends[-1] != state.next_seq:
         raise DamagedFileError("its blocks are not the samples that it states", hint="export it again")
-    return _Contents(header, state, rows, blocks)
+    return _Contents(ring_header, state, rows, blocks)
 
 
-def _fill(
-    env: lmdb.Environment, file: BinaryIO, contents: _Contents, next_window: int, progress: Progress
-) -> Imported:
-    map_bytes = int(env.info()["map_size"])
-    state = _with_room_for_letters(contents, map_bytes // 16)
-    with env.begin(write=True) as txn:
-        for key, value in contents.rows.items():
-            txn.put(key, value)
-        stat = txn.stat()
-        used = (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"]
-    blocks = _newest_that_fit(contents.blocks, int(HIGH_WATER * map_bytes) - used)
-    if contents.blocks and not blocks:
-        raise StorageError("the ring would be too small", hint="raise ring.max_bytes or --max-bytes")
-    first_seq = blocks[0].first_seq if blocks else state.next_seq
-    state = msgspec.structs.replace(state, tail_seq=first_seq)
-    if next_window > state.window.window:
-        state = msgspec.structs.replace(state, window=OpenWindow(next_window, state.next_seq))
-    copied, total = 0, sum(place.bytes for place in blocks) or 1
-    for chunk in _chunks(blocks):
-        with env.begin(write=True) as txn:
-            for place in chunk:
-                file.seek(place.offset)
-                data = file.read(place.bytes)
-                _checked(data, place.first_seq)
-                txn.put(_U64.pack(b"b", place.first_seq), data)
-                copied += place.bytes
-        progress(copied / total, f"{copied:,} bytes copied")
-    with env.begin(write=True) as txn:
-        txn.put(_STATE, msgspec.msgpack.encode(state))
-    left_out = first_seq - contents.state.tail_seq
-    return Imported(first_seq, state.next_seq, len(blocks), left_out, state.window.window)
-
-
-def _with_room_for_letters(contents: _Contents, limit: int) -> RingState:
+def _without_letters_beyond(contents: _Contents, limit: int) -> _Contents:
     """Take the oldest dead letters out until the rest fits into a ring's share for them."""
     state = contents.state
     first, size = state.dead_first, state.dead_bytes
     while size > limit and first < state.dead_next:
-        size -= len(contents.rows.pop(_U64.pack(b"D", first), b""))
+        size -= len(contents.rows.pop(U64.pack(b"D", first), b""))
         first += 1
-    return msgspec.structs.replace(state, dead_first=first, dead_bytes=size)
+    return contents._replace(state=msgspec.structs.replace(state, dead_first=first, dead_bytes=size))
 
 
-def _newest_that_fit(blocks: Sequence[_Place], room: int) -> list[_Place]:
-    taken = 0
-    for block in reversed(blocks):
-        room -= _room_of(block.bytes)
-        if room < 0:
-            break
-        taken += 1
-    return list(blocks[len(blocks) - taken :])
+def _gone_on(contents: _Contents, least_window: int, least_seq: int) -> _Contents:
+    """Let numbers go on behind those that the registry knows already."""
+    state, rows = contents.state, dict(contents.rows)
+    if least_seq > state.next_seq:
+        reason = "came in after the backup that the ring was restored from"
+        key, value = quarantine_row(state.next_seq, least_seq, reason, state.stream_time)
+        rows[key] = value
+        lost = state.lost + least_seq - state.next_seq
+        state = msgspec.structs.replace(state, next_seq=least_seq, lost=lost)
+    if least_window > state.window.window or state.next_seq != contents.state.next_seq:
+        window = OpenWindow(max(least_window, state.window.window), state.next_seq)
+        state = msgspec.structs.replace(state, window=window)
+    return contents._replace(state=state, rows=rows)
 
 
-def _room_of(block_bytes: int) -> int:
-    """What a block takes of the map, bytes: its share of a leaf page, or pages of its own."""
-    node = block_bytes + 20  # node header, key, and the node's place in the page
-    if node <= _PAGE_BYTES // 2 - 10:
-        return _PAGE_BYTES // ((_PAGE_BYTES - 16) // node)
-    return -(-(block_bytes + 16) // _PAGE_BYTES) * _PAGE_BYTES + 32
-
-
-def _chunks(blocks: Sequence[_Place]) -> Iterator[list[_Place]]:
-    chunk: list[_Place] = []
-    for block in blocks:
-        chunk.append(block)
-        if sum(place.bytes for place in chunk) >= _COPY_BYTES:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _copied(file: BinaryIO, places: Sequence[_Place], progress: Progress) -> Iterator[tuple[int, bytes]]:
+    """The blocks, read again and checked again: the file may have changed since it was checked."""
+    copied, total = 0, sum(place.bytes for place in places)
+    for place in places:
+        file.seek(place.offset)
+        data = file.read(place.bytes)
+        if verify_block(data).first_seq != place.first_seq:
+            raise DamagedFileError("it changed while it was read", hint="import it again")
+        yield place.first_seq, data
+        copied += place.bytes
+        progress(copied / total, f"{copied:,} bytes copied")

@@ -1,47 +1,79 @@
-"""Walk the numbered rows of a ring without holding a transaction open."""
+"""Walk a ring while it is written, without holding a transaction open."""
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from storage.block import read_header
+from storage.errors import CorruptBlockError
 from storage.ring import Ring
+from storage.ring_writer import U64, blocks_from
+from storage.rows import rows_from
 
-__all__ = ["walk"]
+__all__ = ["walk_blocks", "walk_letters"]
 
 CHUNK_BYTES = 1 << 20
 CHUNK_S = 0.05  # a reader holds back the reuse of pages, so that the ring would fill up behind it
-_U64 = struct.Struct(">cQ")
 T = TypeVar("T")
 
 
-def walk(
-    ring: Ring, prefix: bytes, first: int, stop: int, take: Callable[[bytes | memoryview], T]
+def walk_blocks(
+    ring: Ring, seq: int, stop: int, take: Callable[[bytes | memoryview], T]
 ) -> Iterator[tuple[int, T]]:
-    """Yield the rows from `first` to before `stop`, in order, while others write.
+    """Yield the blocks that hold samples from `seq` to before `stop`, the oldest first.
+
+    Ingest goes on meanwhile: what it evicts before it is reached is left out, and where it merges blocks, the
+    next one may begin before the end of the last one, or end after `stop`.
 
     Args:
         ring: A ring, opened either way.
-        prefix: b"b" for blocks, b"D" for dead letters.
-        take: What to keep of a value, called inside the transaction.
-    Yields: (number, what `take` returned). What is evicted before it is reached is left out.
+        take: What to keep of a block, called inside the transaction.
+    Yields: (seq in its key, what `take` returned).
     """
-    while first < stop:
+    more = True
+    while more and seq < stop:
         chunk: list[tuple[int, T]] = []
-        size, until = 0, time.monotonic() + CHUNK_S
+        size, until, more = 0, time.monotonic() + CHUNK_S, False
         with ring._reading() as txn:
-            cursor = txn.cursor()
-            found = cursor.set_range(_U64.pack(prefix, first))
-            while found and cursor.key()[:1] == prefix and size < CHUNK_BYTES:
-                number, value = _U64.unpack(cursor.key())[1], cursor.value()
-                if number >= stop or (chunk and time.monotonic() > until):
+            for key, block in blocks_from(txn, seq):
+                if key >= stop:
                     break
-                chunk.append((number, take(value)))
-                size += len(value)
-                found = cursor.next()
-        if not chunk:
-            return
+                if chunk and (size >= CHUNK_BYTES or time.monotonic() > until):
+                    more = True
+                    break
+                end = _end_of(key, block)
+                if end <= seq:
+                    continue  # it was had already, or lies before
+                chunk.append((key, take(block)))
+                size, seq = size + len(block), end
         yield from chunk
-        first = chunk[-1][0] + 1
+
+
+def walk_letters(ring: Ring, number: int, stop: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield keys and values of the dead letters from a number to before `stop`.
+
+    Raises: CorruptRingError at a damaged row.
+    """
+    more = True
+    while more and number < stop:
+        chunk: list[tuple[bytes, bytes]] = []
+        size, more = 0, False
+        with ring._reading() as txn:
+            for key, value in rows_from(txn, b"D", U64.pack(b"D", number)):
+                if size >= CHUNK_BYTES or U64.unpack(key)[1] >= stop:
+                    more = size >= CHUNK_BYTES
+                    break
+                chunk.append((key, value))
+                size, number = size + len(value), U64.unpack(key)[1] + 1
+        yield from chunk
+
+
+def _end_of(key: int, block: bytes | memoryview) -> int:
+    """The seq after a block, as far as a damaged one tells."""
+    try:
+        header = read_header(block)
+    except CorruptBlockError:
+        return key + 1
+    return header.last_seq + 1 if header.first_seq == key else key + 1

@@ -140,7 +140,10 @@ def test_an_older_backup_gives_no_window_number_twice(site: Path, tmp_path: Path
         writer.put_update(UpdateRow("main", 9, 9, 800, 899, 100, UpdateState.SKIPPED))
     folder.close()
     (tmp_path / "data" / "ring" / "main").rename(tmp_path / "lost")
-    assert told("ring import", site, backup)["window"] == 10
+    made = told("ring import", site, backup)
+    assert (made["window"], made["next_seq"], made["lost"]) == (10, 900, 400)
+    assert told("ring info", site)["lost"] == 400
+    assert edgewater("ingest", "--finite", "--config", site).returncode == 0
 
 
 def test_a_backup_of_a_running_gateway_is_whole(site: Path, tmp_path: Path) -> None:
@@ -153,7 +156,8 @@ def test_a_backup_of_a_running_gateway_is_whole(site: Path, tmp_path: Path) -> N
     )
     try:
         deadline = time.monotonic() + 60
-        while told("ring info", site)["next_seq"] == EVENTS and time.monotonic() < deadline:
+        while told("ring info", site)["next_seq"] == EVENTS:
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         made = [told("ring export", site, tmp_path / f"{n}.ring") for n in range(2)]
         assert process.poll() is None
