@@ -183,9 +183,10 @@ class Samples:
         for n, part in enumerate(parts):
             if n == 0:
                 out.first_seq = part.first_seq
-                out.texts = None if part.texts is None else []
             elif part.first_seq != out.first_seq + len(out):
                 raise ValueError(f"runs do not follow each other: {part.first_seq} after {out.seqs}")
+            if part.texts is not None and out.texts is None:
+                out.texts = [""] * len(out)  # what came before is blank, or of a lossless tokenizer
             out.sources += part.sources
             out.kinds += part.kinds
             out.subjects += part.subjects

@@ -79,3 +79,10 @@ def test_window_files_hold_many_blocks() -> None:
 def test_runs_with_a_gap_are_not_joined() -> None:
     with pytest.raises(ValueError, match="do not follow"):
         Samples.concat([make(3), make(3, 4)])
+
+
+def test_texts_survive_being_joined_behind_samples_without_any() -> None:
+    told = Samples(
+        2, ["a"], ["text"], [""], array("d", [1.0]), array("I", [0]), hashes=bytes(16), texts=["as it was"]
+    )
+    assert Samples.concat([Samples.blank(0, 2), told]).texts == ["", "", "as it was"]
