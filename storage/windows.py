@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-class OpenWindow(msgspec.Struct, frozen=True):
+class OpenWindow(msgspec.Struct, frozen=True, array_like=True):
     """The window that the next sample joins.
 
     Attributes:
@@ -39,7 +39,7 @@ class OpenWindow(msgspec.Struct, frozen=True):
     first_arrival: float = 0.0
 
 
-class ClockState(msgspec.Struct, frozen=True):
+class ClockState(msgspec.Struct, frozen=True, array_like=True):
     """How stream time follows arrivals whose clock was moved; `pipeline.clock` explains and owns it.
 
     Attributes:
@@ -55,7 +55,7 @@ class ClockState(msgspec.Struct, frozen=True):
     behind_count: int = 0
 
 
-class ClosedWindow(msgspec.Struct, frozen=True):
+class ClosedWindow(msgspec.Struct, frozen=True, array_like=True):
     """A window whose edges are fixed for ever.
 
     Attributes:
@@ -93,7 +93,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     data: bytes
 
 
-class RingState(msgspec.Struct, frozen=True):
+class RingState(msgspec.Struct, frozen=True, array_like=True):
     """The one row that every commit overwrites.
 
     Attributes:
