@@ -24,15 +24,24 @@ MAP_BYTES = 1 << 20
 SHARD = "main"
 TOKENIZER = "00112233aabbccdd"
 WINDOW_SAMPLES = 400
+FIRST_COMMITS = 36  # all of one size: the dictionary is trained on about 1,000 samples of them
 LONG_TEXT_BYTES = 640  # a text is kept with each sample, because it is the cheapest way to fill a ring
 INPUTS = ("file-a", "file-b", "file-c", "file-d", "file-e")
 _SOURCES = ("pump-1", "cmms", "hmi")
+_WORDS = ("pump", "chip sensor", "replace", "bearing", "coolant low", "line 3", "bar", "ok", "reset")
 _KINDS = ("reading", "text", "exchange", "feedback")
 _DIGEST_HEAD = struct.Struct("<dI")
 
 
 def _long(number: int) -> bool:
-    return number % 10 in {6, 9} or number % 20 == 13
+    """Whether a commit is one of long samples."""
+    bulk = number % 10 in {6, 9} or number % 20 == 13
+    return bulk and number > FIRST_COMMITS and not _quiet(number)
+
+
+def _quiet(number: int) -> bool:
+    """Whether a commit lies in a stretch of small ones, long enough that the ring merges their blocks."""
+    return number % 50 in range(20, 44)
 
 
 def say(line: str) -> None:
@@ -85,11 +94,15 @@ class Plan:
 
     def _size(self, number: int) -> int:
         rng = random.Random(f"size {self.seed} {number}")
+        if number <= FIRST_COMMITS:
+            return rng.randint(28, 34)
         if _long(number):
             return rng.randint(70, 120)
+        if number % 10 == 0:
+            return 0
+        if _quiet(number):
+            return rng.randint(1, 5)
         match number % 10:
-            case 0:
-                return 0
             case 3:
                 return rng.randint(900, 1_000)
             case 5:
@@ -101,8 +114,7 @@ class Plan:
         lengths, ids, mask, hashes, texts = array("I"), array("I"), bytearray(), [], []
         numbers = [n for n, size in enumerate(self._sizes, 1) for _ in range(size)]
         for seq, number in enumerate(numbers):
-            most = LONG_TEXT_BYTES if _long(number) else 0
-            random_bytes = hashlib.shake_128(f"sample {self.seed} {seq}".encode()).digest(32 + most)
+            random_bytes = hashlib.shake_128(f"sample {self.seed} {seq}".encode()).digest(32)
             length = random_bytes[0] % 7
             tokens = array("H", random_bytes[2 : 2 + 2 * length])
             lengths.append(length)
@@ -110,7 +122,7 @@ class Plan:
             ids.extend(token + 65_536 if seq % 5_000 == 17 else token for token in tokens)
             mask.extend(bytes(length) if seq % 300 == 5 else b"\x01" * length)
             hashes.append(random_bytes[16:32])
-            texts.append(random_bytes[32 : 32 + most * random_bytes[1] // 255].hex())
+            texts.append(self._text(number, seq))
         return Samples(
             0,
             [_SOURCES[seq % 3] for seq in range(len(numbers))],
@@ -123,6 +135,12 @@ class Plan:
             b"".join(hashes),
             texts,
         )
+
+    def _text(self, number: int, seq: int) -> str:
+        rng = random.Random(f"text {self.seed} {seq}")
+        if _long(number):
+            return rng.randbytes(rng.randrange(LONG_TEXT_BYTES)).hex()
+        return " ".join(rng.choices(_WORDS, k=rng.randint(8, 20))) + f" {rng.randrange(1_000)}"
 
     def _chain(self) -> list[bytes]:
         """The digest after each commit, computed from FORMAT.md and not by the code under test."""

@@ -31,9 +31,10 @@ PROGRESS_EVERY_S = 10.0
 KEPT = Path("test-results") / "crash"
 # Which workloads are recorded, and each one's share of the states.
 POWER_CUTS = {
-    "workload_ring": 0.45,
-    "workload_creation": 0.2,
-    "workload_publish": 0.25,
+    "workload_ring": 0.35,
+    "workload_upkeep": 0.2,
+    "workload_creation": 0.15,
+    "workload_publish": 0.2,
     "workload_replace": 0.1,
 }
 

@@ -11,10 +11,10 @@ from tests.crash.plan import Plan, say
 
 __all__ = ["audit", "prepare", "run"]
 
-BEFORE = 50  # commits that fill the ring before the recording starts
+BEFORE = 105  # commits that fill the ring before the recording starts
 RECORDED = 60
 LAST = BEFORE + RECORDED
-BY_AGE_EVERY, BY_AGE_KEEPS = 20, 44  # every so many commits, those older than so many go by age
+BY_AGE_EVERY, BY_AGE_KEEPS = 20, 78  # every so many commits, those older than so many go by age
 
 
 @lru_cache(maxsize=2)
