@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -52,18 +53,24 @@ def write_file_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         path: File to write; its folder must exist.
         data: Whole content.
         mode: Permission bits of the file.
-    Raises: OSError as the system reports it; the old file is then still in place.
+    Raises: OSError as the system reports it, with the path; the old file is then still in place.
     """
     # 1. path.tmp written and synced.    Crash: a stray .tmp, overwritten by the next write.
     # 2. Renamed over path.              Crash: old or new name, each naming complete bytes.
     # 3. Folder synced.                  From here the new bytes are what a reader finds.
     tmp = path.with_name(path.name + ".tmp")
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    rename_durably(tmp, path)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        rename_durably(tmp, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)  # a full disk needs what it takes
+        error.filename = error.filename or str(path)  # a failed write does not know its own
+        raise
 
 
 def make_private_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 import lmdb
 
 from storage.durable import fsync_folder, remove_folder
-from storage.errors import ForeignFolderError, StorageError
+from storage.errors import ForeignFolderError, StorageError, WriteFailedError
 
 __all__ = ["check_private", "create_environment", "open_environment"]
 
@@ -45,7 +46,7 @@ def create_environment(folder: Path, map_bytes: int, rows: Mapping[bytes, bytes]
         folder: The environment's folder; must not exist.
         map_bytes: Size of the map and of the file, fixed for its life, bytes.
         rows: What whoever opens it must find, its header above all.
-    Raises: StorageError if the disk has no room for it or fails; nothing is left behind then.
+    Raises: WriteFailedError if the disk has no room for it or fails; nothing is left behind then.
     """
     # 1. folder.new/ is made with the rows, synced.   Crash: a stray folder.new, deleted at the next start.
     # 2. Renamed to folder, synced.                   Crash: no environment, or a complete one.
@@ -59,7 +60,9 @@ def create_environment(folder: Path, map_bytes: int, rows: Mapping[bytes, bytes]
     except (OSError, lmdb.Error) as error:
         remove_folder(aside)
         hint = f"free {map_bytes >> 20} MiB or lower ring.max_bytes; look at the disk if there is room"
-        raise StorageError(f"cannot set aside {map_bytes} bytes: {error}", path=folder, hint=hint) from error
+        raise WriteFailedError(
+            f"cannot set aside {map_bytes} bytes: {error}", path=folder, hint=hint
+        ) from error
 
 
 def _create_aside(aside: Path, map_bytes: int, rows: Mapping[bytes, bytes]) -> None:
@@ -80,7 +83,7 @@ def _create_aside(aside: Path, map_bytes: int, rows: Mapping[bytes, bytes]) -> N
 def open_environment(folder: Path, *, readonly: bool = False) -> lmdb.Environment:
     """Open an existing environment with full syncs, at its own size, after the safety checks.
 
-    Raises: ForeignFolderError, StorageError.
+    Raises: ForeignFolderError, StorageError; WriteFailedError where the disk fails.
     """
     data = folder / "data.mdb"
     try:
@@ -93,7 +96,9 @@ def open_environment(folder: Path, *, readonly: bool = False) -> lmdb.Environmen
         env = _lmdb_open(folder, max(map_bytes, MIN_MAP_BYTES), readonly=readonly)
         env.reader_check()
     except lmdb.Error as error:
-        raise StorageError(
+        # The disk fails, or the file is damaged: only the first may pass by itself.
+        failed = isinstance(error, lmdb.DiskError) or str(error).endswith(os.strerror(errno.EIO))
+        raise (WriteFailedError if failed else StorageError)(
             f"cannot be opened: {error}", path=folder, hint="run 'edgewater doctor'"
         ) from error
     return env

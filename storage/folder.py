@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -12,12 +13,19 @@ import msgspec
 
 from storage.durable import make_private_folder, write_file_durably
 from storage.env import check_private
-from storage.errors import ForeignFolderError, FormatTooNewError, LockHeldError, StorageError
+from storage.errors import (
+    ForeignFolderError,
+    FormatTooNewError,
+    LockHeldError,
+    StorageError,
+    WriteFailedError,
+)
 
 __all__ = ["DATA_FORMAT", "DataFolder", "RoleLock"]
 
 DATA_FORMAT = 1
 _MARKER = "edgewater.json"
+NOTE_BYTES = 64
 
 
 class _Marker(msgspec.Struct, forbid_unknown_fields=False):
@@ -35,15 +43,19 @@ class RoleLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            holder = os.pread(self._fd, NOTE_BYTES, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise LockHeldError(
                 f"another {role} process (pid {holder}) works on this data folder",
                 path=path.parent.parent,
                 hint="stop it first, or use another data_dir",
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            _note(self._fd, str(os.getpid()))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # a full disk: it tells people who holds the lock, no more
+                os.close(self._fd)
+                raise
 
     def close(self) -> None:
         """Release the role."""
@@ -140,12 +152,11 @@ class DataFolder:
         fd = os.open(self.run / "pidns", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, mine.encode(), 0)
+            _note(fd, mine)
         except BlockingIOError:
             pass
         fcntl.flock(fd, fcntl.LOCK_SH)
-        theirs = os.pread(fd, 64, 0).decode(errors="replace")
+        theirs = os.pread(fd, NOTE_BYTES, 0).decode(errors="replace").strip()
         if theirs and theirs != mine:
             os.close(fd)
             hint = "run all Edgewater processes in one container or pod with a shared PID namespace"
@@ -175,6 +186,17 @@ class DataFolder:
         return self.accepted / f"{shard}-{window:06d}.blocks"
 
 
+def _note(fd: int, text: str) -> None:
+    """Write a line into a lock file, in place: truncated first, it would lose its block to a full disk."""
+    data = text.encode().ljust(NOTE_BYTES - 1) + b"\n"
+    if os.pread(fd, NOTE_BYTES, 0) != data:
+        os.pwrite(fd, data, 0)
+
+
 def _unusable(path: Path, error: OSError) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+        # The disk, not a decision of ours: a supervisor tries again, and goes on once it can be written.
+        hint = "free some space, or check the disk"
+        return WriteFailedError(f"cannot be written: {error.strerror}", path=path, hint=hint)
     hint = "make it writable for this user, or choose another data_dir"
     return StorageError(f"cannot be used: {error.strerror}", path=path, hint=hint)

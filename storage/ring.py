@@ -13,6 +13,7 @@ A commit is one transaction. It returns after LMDB's two flushes; only then may 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -445,11 +446,28 @@ class Ring:
             return
         # 1. The copy beside the ring is durable.  Crash: a stray file that no block names.
         # 2. The row.                              From here blocks may name it.
-        write_dictionary_file(self.folder, dictionary)
+        if not self._copy_dictionary(dictionary):
+            return  # the ring goes on without it on a full disk, and tries again later
         with self._writing() as writer:
             writer.rows.put(U32.pack(b"Z", dictionary.id), dictionary.data)
         self._dictionaries[dictionary.id] = dictionary
         log.info("trained the dictionary %08x on %d bytes", dictionary.id, sum(map(len, columns)))
+
+    def _copy_dictionary(self, dictionary: Dictionary) -> bool:
+        """Write the copy beside the ring. Returns: whether there was room; the ring itself needs none."""
+        try:
+            write_dictionary_file(self.folder, dictionary)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                self._dead = str(error)
+                raise WriteFailedError(
+                    f"the dictionary's copy cannot be written: {error}",
+                    path=self.folder,
+                    hint="check the disk",
+                ) from error
+            log.warning("no room for a copy of the dictionary beside %s", self.folder)
+            return False
+        return True
 
     def _keep_dictionaries(self) -> None:
         """Read the dictionaries, and mend the row by the copy or the copy by the row."""
@@ -463,7 +481,7 @@ class Ring:
                 continue
             self._dictionaries[number] = found
             if copy is None:
-                write_dictionary_file(self.folder, found)
+                self._copy_dictionary(found)
             if data is None:
                 log.warning("dictionary %08x was damaged and is put back from its copy", number)
                 with self._writing() as writer:
