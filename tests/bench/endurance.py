@@ -32,7 +32,8 @@ from pipeline.config import load
 from pipeline.health import IngestMetrics
 from pipeline.ingest import SHARD, IngestOptions, ingest
 from storage.folder import DataFolder
-from storage.ring import MAX_DEAD_LETTERS, Ring
+from storage.ring import Ring
+from storage.ring_writer import MAX_DEAD_LETTERS
 from storage.windows import RingState
 from tests.bench import _report
 from tests.bench._device import scratch_folder

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path as w
 from adapters.model_folder import default_model_dir
 from pipeline.config import load
 from pipeline.tokenization import BatchTokenizer
+from storage.ring_writer import newest_blocks
 from tests.bench import _device, _report, _streams
 from tests.bench._device import Device
 from tests.bench._pacing import Journal
@@ -173,13 +174,10 @@ def breakdown(setup: Setup, size: int, commits: int, *, steady: bool) -> dict[st
 
 
 def newest_block_bytes(store: EdgewaterStore) -> int:
-    """Length of the block that the last commit stored."""
+    """Length of the newest block: what the last commit stored, or merged it into."""
     # The ring's own handle: LMDB opens an environment once a process.
     with store.ring._env.begin() as txn:
-        cursor = txn.cursor()
-        cursor.set_range(b"c")
-        cursor.prev()
-        return len(cursor.value()) if cursor.key()[:1] == b"b" else 0
+        return next((len(block) for _, block in newest_blocks(txn)), 0)
 
 
 def fill(store: EdgewaterStore, stream: Iterator[list[bytes]], turns: float) -> None:
