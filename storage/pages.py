@@ -585,24 +585,24 @@ def raw_items(file: PageFile, *, orphans: bool = True) -> Iterator[Item]:
 
 
 def root_candidates(file: PageFile, leaf: int) -> list[int]:
-    """Pages from which a path of last children leads to `leaf`, itself first, the highest last.
+    """A page and all branch pages that are above it, the highest last.
 
-    A snapshot whose meta page is lost is found again so: the last leaf holds the row that every commit
-    writes, and its topmost ancestor is the root. Stale branches in free pages are among them: the caller
-    checks what it finds below.
+    A snapshot whose meta page is lost is found again so: the leaf with the row that every commit writes has
+    its root among its ancestors. Stale branches in free pages are among them too: the caller checks what it
+    finds below.
     """
     parents: dict[int, list[int]] = {}
     for number, data in _scan(file):
-        own, _, flags, lower, upper = _PAGE.unpack_from(data)
-        if own != number or flags != _BRANCH or lower & 1 or not _HEADER_BYTES < lower <= upper <= len(data):
+        own, _, flags, lower, _ = _PAGE.unpack_from(data)
+        if own != number or flags != _BRANCH or lower & 1 or not _HEADER_BYTES < lower <= len(data):
             continue
-        (at,) = struct.unpack_from("<H", data, lower - 2)
-        if at + 8 <= len(data):
-            low, high, more, _ = _NODE.unpack_from(data, at)
-            parents.setdefault(low | high << 16 | more << 32, []).append(number)
+        for at in struct.unpack_from(f"<{(lower - _HEADER_BYTES) >> 1}H", data, _HEADER_BYTES):
+            if at + 8 <= len(data):
+                low, high, more, _ = _NODE.unpack_from(data, at)
+                parents.setdefault(low | high << 16 | more << 32, []).append(number)
     found = [leaf]
     for number in found:  # grows while it is read
-        found += (parent for parent in parents.get(number, ()) if parent not in found)
+        found += (parent for parent in dict.fromkeys(parents.get(number, ())) if parent not in found)
     return found
 
 
