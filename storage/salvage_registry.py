@@ -9,11 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from storage import registry
 from storage.durable import rename_durably
 from storage.env import create_environment
 from storage.errors import StorageError
 from storage.pages import Item, PageFile, items, raw_items, read_metas, root_candidates
-from storage.registry import MAP_BYTES, UpdateRow, VersionRow, first_rows
+from storage.registry import UpdateRow, VersionRow, first_rows
 from storage.rows import sum_of, unseal
 from storage.salvage import set_aside
 
@@ -43,7 +44,7 @@ def rebuild_registry(folder: Path, quarantine: Path, versions: Sequence[str]) ->
         known = {msgspec.msgpack.decode(v, type=VersionRow).folder for k, v in rows.items() if k[:1] == b"V"}
         if strangers := [name for name in versions if name not in known and not name.endswith(".tmp")]:
             lost.append(f"the rows of {', '.join(strangers)}")
-    create_environment(aside, MAP_BYTES, first_rows(rows))
+    create_environment(aside, registry.MAP_BYTES, first_rows(rows))
     rename_durably(folder, target)
     rename_durably(aside, folder)
     said = "nothing is lost" if proved else "; ".join(["rows are lost", *lost])

@@ -12,17 +12,21 @@ import functools
 import json
 import logging
 import os
+import queue
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from storage import registry as registry_module
 from storage.block import Samples
 from storage.check import check_folder
 from storage.errors import StorageError
@@ -92,7 +96,6 @@ class Counts:
         outcomes: By file and outcome: "unused" (the truth came back, nothing was noticed), "noticed" (by the
             check only), "blanked", "rebuilt whole", "rebuilt with losses".
         lost_samples: In all.
-        seconds: Of all workers.
         failures: What went wrong, with the damage.
     """
 
@@ -105,11 +108,16 @@ class Counts:
 # -- the folder that is damaged ---------------------------------------------------------------------
 
 
+def _small_registries() -> None:
+    """Each damage copies one: 32 MiB of empty pages would take longer than all the rest."""
+    registry_module.MAP_BYTES = MAP_BYTES
+
+
 def _build(path: Path, plan: Plan, *, forgotten: bool) -> None:
     data = DataFolder.open(path, create=True)
     try:
         # The plain one is full and has evicted; the other one keeps all, so that much is forgotten.
-        size = 4 * MAP_BYTES if forgotten else MAP_BYTES
+        size = 2 * MAP_BYTES if forgotten else MAP_BYTES
         folder = data.ring / SHARD
         with Ring.open_or_create(folder, shard=SHARD, tokenizer_id=TOKENIZER, max_bytes=size) as ring:
             for number in range(1, COMMITS + 1):
@@ -482,6 +490,7 @@ def _same(name: str, found: Any, expected: Any) -> None:
 
 def _work(home: Path, seed: int) -> None:
     """Read damages from standard input, one JSON line each; answer each with a line."""
+    _small_registries()
     plan = Plan(seed, COMMITS)
     with Registry.open_reader(home / "plain" / "registry") as registry:
         truth = _dump(registry)
@@ -519,6 +528,7 @@ def sweep(
     report: Callable[[str], None] = lambda line: None,
     *,
     every_meta_bit: bool = False,
+    workers: int = 2,
     home: Path | None = None,
 ) -> Counts:
     """Try so many damages, drawn from a seed.
@@ -528,6 +538,7 @@ def sweep(
         seed: Of contents and damages.
         report: Told each failure, and the progress every 500.
         every_meta_bit: Also every bit of the meta pages, the state row and page headers (some 10,000).
+        workers: Processes at a time.
         home: Where to work; a temporary folder by default, in memory where the system has one.
     Returns: What became of them. It does not raise at a failure.
     """
@@ -537,8 +548,11 @@ def sweep(
     with tempfile.TemporaryDirectory(dir=place, prefix="edgewater-flips-") as name:
         work = Path(name)
         plan = Plan(seed, COMMITS)
+        usual = registry_module.MAP_BYTES
+        _small_registries()
         for base in ("plain", "forgotten"):
             _build(work / base, plan, forgotten=base == "forgotten")
+        registry_module.MAP_BYTES = usual
         bases = {
             (base, file): (work / base / folder / "data.mdb").read_bytes()
             for base, file, folder in (
@@ -549,17 +563,33 @@ def sweep(
         }
         damages = list(exhaustive(bases)) if every_meta_bit else []
         damages += seeded(bases, flips, seed)
-        worker = _Worker(work, seed)
+        # Processes work, threads wait for them; the outcome of a damage does not depend on the others.
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        pool = [_Worker(work, seed) for _ in range(workers)]
+        for worker in pool:
+            idle.put(worker)
+        lock = threading.Lock()
+
+        def one(damage: Damage) -> None:
+            worker = idle.get()
+            try:
+                answer = worker.ask(damage)
+            finally:
+                idle.put(worker)
+            with lock:
+                _count(counts, damage, answer, report)
+
         try:
-            for damage in damages:
-                _count(counts, damage, worker, report)
+            with ThreadPoolExecutor(workers) as threads:
+                for _ in threads.map(one, damages):
+                    pass
         finally:
-            worker.close()
+            for worker in pool:
+                worker.close()
     return counts
 
 
-def _count(counts: Counts, damage: Damage, worker: _Worker, report: Callable[[str], None]) -> None:
-    answer = worker.ask(damage)
+def _count(counts: Counts, damage: Damage, answer: dict[str, Any], report: Callable[[str], None]) -> None:
     counts.tried += 1
     if failure := answer.get("failure"):
         counts.failures.append(f"{damage}: {failure}")
