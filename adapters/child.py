@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adapters.update import STOPPED, TRAINER
+from adapters.update import NO_DISK, STOPPED, TRAINER
 
 __all__ = ["Ending", "Progress", "run_child"]
 
@@ -33,6 +33,7 @@ class Ending(enum.Enum):
 
     DONE = "done"  # result.json is complete
     STOPPED = "stopped"  # we asked it to
+    NO_DISK = "no disk"  # it could not write what it made
     FAILED = "failed"  # it ended by itself: an error, out of memory, a hang
     KILLED = "killed"  # somebody outside killed it
 
@@ -64,14 +65,21 @@ def run_child(task: Path, stop: threading.Event, progress: Progress, log_file: P
         return Ending.DONE
     if stop.is_set() or code == STOPPED:
         return Ending.STOPPED
+    if code == NO_DISK:
+        log.error("the update waits for the disk: %s", _tail_of(log_file))
+        return Ending.NO_DISK
     if hung or code > 0 or _oom_kills() > kills_before:
-        tail = log_file.read_bytes()[-400:].decode(errors="replace").strip()
-        log.error("the update's process %s: %s", "hung" if hung else f"ended with {code}", tail)
+        how = "hung" if hung else f"ended with {code}"
+        log.error("the update's process %s: %s", how, _tail_of(log_file))
         return Ending.FAILED
     log.warning("the update's process was killed by signal %d", -code)
     # A fault of its own (SIGSEGV, SIGBUS, SIGABRT) is no outside kill.
     outside = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     return Ending.KILLED if -code in outside else Ending.FAILED
+
+
+def _tail_of(log_file: Path) -> str:
+    return log_file.read_bytes()[-400:].decode(errors="replace").strip()
 
 
 def _watch(

@@ -33,6 +33,7 @@ from storage.windows import ClosedWindow
 __all__ = ["MAX_FAILURES", "Trainer", "TrainerSettings", "seed_of"]
 
 MAX_FAILURES = 5
+DISK_RETRIES = 30  # times retry_s, between two attempts on a disk that is full or fails
 FREE_KILLS = 2  # kills from outside without progress that do not count
 MERGED_SHARES = 4  # a merged update takes at most so many token budgets; older windows are skipped
 MAX_ACCEPTED = 64  # windows kept for rehearsal and retention
@@ -149,7 +150,8 @@ class Trainer:
     def _shards(self) -> list[str]:
         if not self._folder.ring.is_dir():
             return []
-        return sorted(p.name for p in self._folder.ring.iterdir() if not p.name.endswith(".new"))
+        # A name with a dot is one being made, or a backup (`main.v1`).
+        return sorted(p.name for p in self._folder.ring.iterdir() if "." not in p.name)
 
     def _ring(self, shard: str) -> Ring:
         if shard not in self._rings:
@@ -270,6 +272,9 @@ class Trainer:
                 self._put(row, state=UpdateState.STAGED, result=result)
             case Ending.STOPPED:
                 pass
+            case Ending.NO_DISK:
+                # Not the samples' fault: five such attempts must not quarantine them. It goes on by itself.
+                stop.wait(DISK_RETRIES * self._settings.retry_s)
             case Ending.FAILED | Ending.KILLED:
                 self._count_failure(row, ending, work, stop)
             case _:

@@ -10,12 +10,14 @@ Light to import: torch comes only with `main`. The child writes into `out_dir`, 
 | checkpoints removed | the finished update |
 
 A rejected update leaves no adapter. Exit codes: 0 result.json is complete, also for a rejection; 1 an error,
-on stderr; 2 the task is unreadable; 75 stopped by SIGTERM: the same command goes on.
+on stderr; 2 the task is unreadable; 74 the disk is full or fails; 75 stopped by SIGTERM: after both the same
+command goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -32,6 +34,7 @@ from adapters.gate import Criterion
 from adapters.recipe import GateLimits, Recipe
 
 __all__ = [
+    "NO_DISK",
     "RESULT_FILE",
     "STOPPED",
     "TRAINER",
@@ -46,6 +49,8 @@ __all__ = [
 RESULT_FILE = "result.json"
 STOPPED = 75
 """Exit code after SIGTERM (EX_TEMPFAIL): nothing is wrong, the same command goes on."""
+NO_DISK = 74
+"""Exit code when something could not be written (EX_IOERR): the samples are not to blame."""
 TRAINER = "EDGEWATER_TRAINER"
 """Environment variable with the process id of the trainer that started this process."""
 _NICENESS = 10
@@ -225,6 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped:
         tell(phase="stopped")
         return STOPPED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        print(f"{error}: free some space, or check the disk", file=sys.stderr)
+        return NO_DISK
     return 0
 
 
