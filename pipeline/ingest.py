@@ -30,6 +30,7 @@ from pipeline.sources.stdin import StdinConnector
 from pipeline.tokenization import BatchTokenizer, TokenizeStep
 from pipeline.triggers import ThresholdTrigger
 from storage.folder import DataFolder
+from storage.opening import open_registry, opened_ring
 from storage.registry import Registry
 from storage.ring import Ring
 from storage.wake import wake
@@ -87,14 +88,13 @@ def ingest(
         OSError when a source broke.
     """
     tokenizer = BatchTokenizer(model)
-    ring = Ring.open_or_create(
-        folder.ring / SHARD,
+    opening = opened_ring(
+        folder,
         shard=SHARD,
         tokenizer_id=tokenizer.manifest.tokenizer_id,
         max_bytes=int(config.ring.max_bytes),
     )
-    registry = Registry.open_or_create(folder.registry)
-    with contextlib.closing(ring), contextlib.closing(registry), _capturing(config, options) as recorder:
+    with opening as ring, open_registry(folder) as registry, _capturing(config, options) as recorder:
         decided = partial(_announce, folder)
         if options.lockstep:
             decided = partial(_await_decisions, folder, registry, stop, metrics)
