@@ -10,10 +10,11 @@ import msgspec
 from pipeline.events import Batch, Line
 from pipeline.sources.inbox import Chunk, Inbox
 
-__all__ = ["Assembler", "BatchLimits"]
+__all__ = ["Assembler", "BatchLimits", "limits_for"]
 
 POLL_S = 0.1  # a Bytewax source must not wait longer: stop and the clock are looked at between
 TICK_S = 1.0
+RING_PARTS = 64
 TICK_BEHIND_S = 1.0  # a connector stamps a line, then hands it over: no tick may overtake it
 
 
@@ -28,6 +29,22 @@ class BatchLimits(msgspec.Struct, frozen=True):
     lines: int = 1_000
     data_bytes: int = 1 << 20
     flush_s: float = 2.0
+
+
+def limits_for(map_bytes: int, flush_s: float) -> BatchLimits:
+    """Limits such that no Batch is too large for a ring.
+
+    A Batch is at most `data_bytes` and one chunk more, 32 KiB and a line of 256 KiB: of the smallest ring,
+    16 MiB, a thirtieth. The ring takes commits of a quarter, so a block may be 7 times its lines; one of
+    nothing but noise was 1.06 times them (with SmolLM2's vocabulary; tests/contract/test_ring_bounds.py
+    holds it below 1.3). Templates that would write much more from short readings are refused by the
+    configuration.
+
+    Args:
+        map_bytes: Size of the ring's file.
+        flush_s: So long after its first line a Batch closes.
+    """
+    return BatchLimits(data_bytes=min(1 << 20, map_bytes // RING_PARTS), flush_s=flush_s)
 
 
 class Assembler:

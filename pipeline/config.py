@@ -20,6 +20,7 @@ import msgspec
 from pipeline.config_check import address, check
 from pipeline.config_decode import Decoder, Fault, Secret
 from pipeline.settings import (
+    ECO_FLUSH_MS,
     EMBEDDED_MODEL,
     NAME_PATTERN,
     REDACT_PRESETS,
@@ -124,7 +125,7 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, require_sources: b
     decoder.faults += bad_overrides
     config = decoder.table(Config, raw, (), Config)
     assert config is not None, "no key of the top level is required"
-    config = _absolute(config, folder)
+    config = _profiled(_absolute(config, folder), raw)
     check(config, raw, decoder, require_sources)
     if decoder.faults:
         raise ConfigError(sorted(decoder.faults, key=lambda fault: (fault.line is None, fault.line or 0)))
@@ -301,6 +302,15 @@ def _by_name(raw: dict[str, Any], key: str) -> str:
         if prefix and key.startswith(prefix):
             return f"sources[{index}].{key.removeprefix(prefix)}"
     return key
+
+
+def _profiled(config: Config, raw: dict[str, Any]) -> Config:
+    """Put in the defaults that a profile has of its own; what the file or --set says wins."""
+    if config.ring.profile == "eco" and "flush_ms" not in raw["ring"]:
+        config = msgspec.structs.replace(
+            config, ring=msgspec.structs.replace(config.ring, flush_ms=ECO_FLUSH_MS)
+        )
+    return config
 
 
 def _absolute(config: Config, folder: Path) -> Config:

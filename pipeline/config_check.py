@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pipeline.config_decode import Decoder
 from pipeline.render import TemplateError, compile_template
-from pipeline.settings import Config, Source
+from pipeline.settings import MAX_UNIT, Config, Source
 from pipeline.toml_lines import KeyPath
 from pipeline.units import Size
 
@@ -17,6 +17,12 @@ __all__ = ["address", "check"]
 _MIN_RING_BYTES: Final = 16 * 1024 * 1024
 _STORED_BYTES_PER_TOKEN: Final = 4
 """Id, mask and share of the other columns, before compression; an upper bound for 16-bit ids."""
+
+
+MAX_VALUE_BYTES: Final = 26 + 4 * MAX_UNIT
+"""A number with 17 digits, sign and exponent, and its unit."""
+MAX_TEMPLATE_BYTES: Final = 4_096
+"""Of 1,900 short readings in one commit, 31 MiB of tokens: a block that large can be read back."""
 
 
 def address(listen: str) -> tuple[str, int] | None:
@@ -91,6 +97,14 @@ def _check_render(source: Source, at: KeyPath, decoder: Decoder) -> None:
     except TemplateError as error:
         decoder.fault((*at, "template"), "not a template", str(error))
         return
+    tags = [tag for _, tag in places if tag]
+    # A value that is written once has cost its place in the reading; text and repeats come from nothing.
+    written = sum(len(literal.encode()) for literal, _ in places)
+    written += len(tags) + MAX_VALUE_BYTES * (len(tags) - len(set(tags)))
+    if written > MAX_TEMPLATE_BYTES:
+        hint = "write less around the values: what is the same in each reading teaches nothing"
+        message = f"adds up to {written} bytes to each reading; at most {MAX_TEMPLATE_BYTES} are taken"
+        decoder.fault((*at, "template"), message, hint)
     if not any(tag for _, tag in places):
         decoder.fault((*at, "template"), "holds no {tag}: every reading would be the same text", "name a tag")
 

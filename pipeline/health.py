@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pipeline.commit import Committed
+from pipeline.readers import ReaderReport
 from storage.registry import Registry
 from storage.ring import Ring
 
@@ -47,6 +48,7 @@ class IngestMetrics:
         self._ring: Ring | None = None
         self._learning: Registry | None = None
         self._last: Committed | None = None
+        self._readers = ReaderReport()
         self.beat = time.monotonic()
         self.registry.register(self)
 
@@ -56,6 +58,11 @@ class IngestMetrics:
         self.beat = time.monotonic()
         if committed.seconds:
             self._commits.observe(committed.seconds)
+
+    def observe_readers(self, report: ReaderReport) -> None:
+        """Take note of the ring's readers; the flow moves, also where it waits for room in a full ring."""
+        self._readers = report
+        self.beat = time.monotonic()
 
     def attach(self, ring: Ring | None, learning: Registry | None) -> None:
         """Read these from now on (LMDB allows one handle a process: they are the ingest's own)."""
@@ -81,6 +88,7 @@ class IngestMetrics:
             ring.add_metric(["live"], usage.live_bytes)
             ring.add_metric(["map"], usage.map_bytes)
             yield ring
+            yield from _reader_metrics(self._readers)
         if self._learning is not None:
             yield from _learning_metrics(self._learning)
 
@@ -91,6 +99,18 @@ class IngestMetrics:
         yield events
         window = last.state.window
         yield GaugeMetricFamily("edgewater_open_window_samples", "Samples in the open window", window.samples)
+        help_text = "Stream time less the clock, seconds: not 0 after the clock was moved"
+        yield GaugeMetricFamily("edgewater_clock_offset_seconds", help_text, last.state.clock.offset)
+
+
+def _reader_metrics(report: ReaderReport) -> Iterable[Metric]:
+    help_text = "Commits that the ring's slowest reader does not see, while it holds their pages"
+    yield GaugeMetricFamily("edgewater_ring_reader_lag", help_text, report.lag)
+    help_text = "Readers that held the ring back, by what was done"
+    readers = CounterMetricFamily("edgewater_ring_readers", help_text, labels=["action"])
+    for action in ("warned", "ended", "cleared"):
+        readers.add_metric([action], getattr(report, action))
+    yield readers
 
 
 def _learning_metrics(registry: Registry) -> Iterable[Metric]:

@@ -14,15 +14,16 @@ from typing import TypeVar
 import msgspec
 from bytewax.testing import run_main
 
-from pipeline.batching import Assembler, BatchLimits
+from pipeline.batching import Assembler, limits_for
 from pipeline.capture import CaptureWriter
-from pipeline.commit import CommitStep
+from pipeline.commit import CommitStep, Committed
 from pipeline.config import Config
 from pipeline.decode import decode
 from pipeline.dedup import Dedup, SeenHashes
 from pipeline.events import Batch
 from pipeline.flow import Step, build_flow
 from pipeline.health import IngestMetrics
+from pipeline.readers import ReaderWatch
 from pipeline.rules import SourceRules
 from pipeline.sources.files import FilesConnector
 from pipeline.sources.inbox import Connector, Inbox
@@ -41,7 +42,8 @@ __all__ = ["SHARD", "IngestOptions", "build_steps", "connectors_of", "ingest"]
 T = TypeVar("T")
 SHARD = "main"
 LOCKSTEP_POLL_S = 0.05
-TICK_COMMIT_S = 60.0  # 35 MB of flash a day, and only where an age or a cooldown waits for it
+# Of the time alone, only where an age or a cooldown waits for it: 35 and 7 MB of flash a day.
+TICK_COMMIT_S = {"standard": 60.0, "eco": 300.0}
 log = logging.getLogger("edgewater.ingest")
 
 
@@ -122,10 +124,23 @@ def _run(
     metrics: IngestMetrics | None,
 ) -> None:
     inbox = Inbox()
-    limits = BatchLimits(flush_s=config.ring.flush_ms / 1_000)
+    limits = limits_for(ring.map_bytes, config.ring.flush_ms / 1_000)
     max_age_s = float(config.ring.max_age)
-    tick_s = TICK_COMMIT_S if max_age_s or config.trigger.cooldown else 0.0
-    commit = CommitStep(ring, _trigger(config), registry.requests, decided, max_age_s, tick_s)
+    tick_s = TICK_COMMIT_S[config.ring.profile] if max_age_s or config.trigger.cooldown else 0.0
+    watch = ReaderWatch(ring, metrics.observe_readers if metrics else lambda report: None, stop.is_set)
+    commit = CommitStep(
+        ring, _trigger(config), registry.requests, decided, max_age_s, tick_s, watch.relieve
+    )  # fmt: skip
+    log.info(
+        "a commit comes at %d lines, %d KiB or %d ms, whichever is first",
+        limits.lines, limits.data_bytes >> 10, config.ring.flush_ms,
+    )  # fmt: skip
+
+    def commit_and_look(batch: Batch) -> Committed:
+        committed = commit(batch)
+        watch.look()
+        return committed
+
     faults: list[BaseException] = []
     steps = build_steps(config, ring, tokenizer, recorder)
     flow = build_flow(
@@ -133,7 +148,7 @@ def _run(
         assembler=Assembler(inbox, limits, finite=options.finite),
         stopping=lambda: stop.is_set() or bool(faults),
         steps={name: _guarded(step, faults) for name, step in steps.items()},
-        commit=_guarded(commit, faults),
+        commit=_guarded(commit_and_look, faults),
         done=metrics.observe if metrics else lambda committed: None,
         max_events=options.max_events,
     )

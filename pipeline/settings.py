@@ -16,6 +16,8 @@ from msgspec import Meta
 from pipeline.units import Duration, Size
 
 __all__ = [
+    "ECO_FLUSH_MS",
+    "MAX_UNIT",
     "EMBEDDED_MODEL",
     "NAME_PATTERN",
     "REDACT_PRESETS",
@@ -38,6 +40,10 @@ __all__ = [
 
 NAME_PATTERN: Final = r"[a-z0-9][a-z0-9._-]{0,63}"
 """Names of gateways and sources: safe in file names, metrics and topics alike."""
+MAX_UNIT: Final = 16
+"""Characters of a unit, as in an event."""
+ECO_FLUSH_MS: Final = 10_000
+"""Default of ring.flush_ms under ring.profile = "eco"."""
 EMBEDDED_MODEL: Final = "embedded"
 """The value of model.path that means the model the project comes with."""
 
@@ -90,9 +96,13 @@ class RingSettings(msgspec.Struct, frozen=True, kw_only=True):
     disk; the oldest samples are evicted when it is three quarters full."""
     max_age: Duration = Duration(0)
     """Evict samples older than this, in stream time; "0s" keeps them until space is needed."""
+    profile: Literal["standard", "eco"] = "standard"
+    """How gently the flash is treated: "eco" commits every 10 seconds where flush_ms is not set, and writes
+    the time of a silent stream every 5 minutes instead of every minute."""
     flush_ms: Annotated[int, Meta(ge=10, le=60_000)] = 2000
-    """An event waits at most this many milliseconds for its commit. Each commit writes about 24 KB to flash:
-    at 2000 that is 1 GB a day at most, at 100 it is 20."""
+    """An event waits at most this many milliseconds for its commit; at 1,000 events or 1 MiB (a 64th of a
+    ring below 64 MiB) it comes at once. Each commit writes about 24 KB to flash: at 2000 that is 1 GB a day
+    at most, at 10000, the default of profile "eco", a fifth, at 100 it is 20."""
 
 
 class DedupSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +122,7 @@ class Render(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     """Which values to write, in this order, when there is no template; empty writes all in the event's
     order."""
-    units: dict[str, str] = {}
+    units: dict[str, Annotated[str, Meta(max_length=MAX_UNIT)]] = {}
     """Unit written behind a tag's value, in place of the unit that the event brings, as in { pressure = "bar"
     }."""
     digits: Annotated[int, Meta(ge=1, le=17)] = 3

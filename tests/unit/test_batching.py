@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline import batching
-from pipeline.batching import Assembler, BatchLimits
+from pipeline.batching import Assembler, BatchLimits, limits_for
 from pipeline.events import Batch, Line, Origin
 from pipeline.sources.inbox import Chunk, Connector, Inbox
 
@@ -193,3 +193,10 @@ def test_an_inbox_is_drained_when_all_ended_and_nothing_waits() -> None:
     inbox.get(0)
     assert inbox.drained
     assert str(inbox.fault) == "broke"
+
+
+def test_a_small_ring_takes_small_batches() -> None:
+    """A commit must never be a large part of it; 64 MiB and more take what is best for the flash."""
+    assert limits_for(256 << 20, 2.0) == BatchLimits(1_000, 1 << 20, 2.0)
+    assert limits_for(64 << 20, 2.0).data_bytes == 1 << 20
+    assert limits_for(16 << 20, 10.0) == BatchLimits(1_000, 256 << 10, 10.0)

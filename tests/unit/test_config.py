@@ -453,3 +453,29 @@ def test_an_address_that_others_could_reach_is_refused(listen: str) -> None:
     """What has no password stays on the box."""
     with pytest.raises(ValueError, match=r"expected|does not appear"):
         config.address(listen)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "flush_ms"),
+    [
+        ("", [], 2_000),
+        ('[ring]\nprofile = "eco"\n', [], 10_000),
+        ('[ring]\nprofile = "eco"\nflush_ms = 2000\n', [], 2_000),
+        ('[ring]\nprofile = "eco"\n', ["ring.flush_ms=500"], 500),
+        ("", ["ring.profile=eco"], 10_000),
+        ('[ring]\nprofile = "eco"\n', ["ring.profile=standard"], 2_000),
+    ],
+)
+def test_the_eco_profile_commits_every_ten_seconds_unless_told_otherwise(
+    tmp_path: Path, text: str, overrides: list[str], flush_ms: int
+) -> None:
+    """What is in effect is shown, and loads again as it is."""
+    loaded = config.load(_write(tmp_path, text + SOURCE), overrides)
+    assert loaded.ring.flush_ms == flush_ms
+    assert f"flush_ms = {flush_ms}" in config.show(loaded)
+    assert config.load(_write(tmp_path, config.show(loaded))) == loaded
+
+
+def test_a_profile_that_is_none_is_a_fault_with_a_suggestion(tmp_path: Path) -> None:
+    (fault,) = _faults(tmp_path, SOURCE, "ring.profile=ecco")
+    assert (fault.dotted, fault.suggestion) == ("ring.profile", 'did you mean "eco"?')

@@ -18,9 +18,10 @@ from pipeline import health
 from pipeline.commit import Committed
 from pipeline.events import Outcome
 from pipeline.health import HealthServer, IngestMetrics
+from pipeline.readers import ReaderReport
 from storage.registry import Registry, UpdateRow, UpdateState
 from storage.ring import Ring
-from storage.windows import OpenWindow, RingState
+from storage.windows import ClockState, OpenWindow, RingState
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,21 @@ def test_a_flow_that_moves_no_more_is_told_as_stalled(
     assert ask(server, "/livez") == (200, "ok\n")
 
 
+def test_a_flow_that_waits_for_room_in_a_full_ring_is_alive(
+    server: HealthServer, metrics: IngestMetrics
+) -> None:
+    """A restart would find the same ring."""
+    metrics.beat = time.monotonic() - health.STALLED_S - 1
+    metrics.observe_readers(ReaderReport())
+    assert ask(server, "/livez") == (200, "ok\n")
+
+
+def test_a_moved_clock_is_told(server: HealthServer, metrics: IngestMetrics) -> None:
+    state = RingState(clock=ClockState(offset=-3_600.0))
+    metrics.observe(Committed(state, Outcome(), [], 0.0))
+    assert "edgewater_clock_offset_seconds -3600.0" in ask(server, "/metrics")[1].splitlines()
+
+
 def test_version_and_unknown_paths(server: HealthServer) -> None:
     assert ask(server, "/version") == (200, health.our_version() + "\n")
     code, words = ask(server, "/secrets")
@@ -117,8 +133,12 @@ def test_metrics_tell_of_ring_and_learning_while_they_are_open(
                 writer.put_update(row)
             writer.set_active(4)
         metrics.attach(ring, registry)
+        metrics.observe_readers(ReaderReport(lag=7, ended=2))
         lines = ask(server, "/metrics")[1].splitlines()
         assert 'edgewater_ring_bytes{kind="map"} 1.048576e+06' in lines
+        assert {"edgewater_ring_reader_lag 7.0", 'edgewater_ring_readers_total{action="ended"} 2.0'} <= {
+            *lines
+        }
         assert {'edgewater_windows{state="expired"} 1.0', 'edgewater_windows{state="claimed"} 1.0'} <= {
             *lines
         }
