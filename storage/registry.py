@@ -32,7 +32,13 @@ import lmdb
 import msgspec
 
 from storage.env import create_environment, open_environment
-from storage.errors import CorruptRingError, ForeignFolderError, FormatTooNewError, WriteFailedError
+from storage.errors import (
+    CorruptRingError,
+    ForeignFolderError,
+    FormatTooNewError,
+    StorageError,
+    WriteFailedError,
+)
 from storage.rows import SealedRows, rows_from, seal, sum_of, unseal
 
 __all__ = [
@@ -200,14 +206,23 @@ class Registry:
                 raise FormatTooNewError(
                     f"registry format {header.format} is too new", path=folder, hint="upgrade Edgewater"
                 )
+            if header.format < REGISTRY_FORMAT:
+                hint = "the next start of `edgewater run` brings it up to date"
+                raise StorageError(f"is of format {header.format}", path=folder, hint=hint)
             self._check_rows(txn)
 
     @classmethod
     def open_or_create(cls, folder: Path) -> Registry:
-        """Open the registry, making it if there is none; safe against others doing the same."""
+        """Open the registry, making it if there is none; safe against others doing the same.
+
+        A registry of an older format is brought up to date.
+        """
+        from storage.migrate import migrate_registry
+
         fd = os.open(folder.parent / "run" / "registry.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+            migrate_registry(folder)
             if not folder.exists():
                 create_environment(folder, MAP_BYTES, first_rows({}))
         finally:

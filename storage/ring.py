@@ -138,11 +138,14 @@ class Ring:
 
     @classmethod
     def open_or_create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
-        """Open the ring of this shard for writing, making it if there is none.
+        """Open the ring of this shard for writing; make it if there is none, migrate an older format.
 
         Raises: ForeignFolderError if it holds tokens of another tokenizer; FormatTooNewError;
             CorruptRingError if a row is damaged (`storage.salvage` repairs it).
         """
+        from storage.migrate import migrate_ring
+
+        migrate_ring(folder)
         if not folder.exists():
             return cls.create(folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
         ring = cls._opened(folder, readonly=False)
@@ -714,7 +717,11 @@ class Ring:
             found = txn.get(HEADER)
         if found is None:
             raise ForeignFolderError("is not a ring", path=self.folder, hint="check data_dir")
-        return read_ring_header(bytes(found), self.folder)
+        header = read_ring_header(bytes(found), self.folder)
+        if header.format < RING_FORMAT:
+            hint = "the next start of `edgewater run` or `ingest` brings it up to date"
+            raise StorageError(f"is of format {header.format}", path=self.folder, hint=hint)
+        return header
 
 
 def first_rows(header: RingHeader, state: RingState) -> dict[bytes, bytes]:
