@@ -2,6 +2,7 @@
 
     found at the start                             then
     half a rebuild, left by a crash                finished or undone
+    format 1                                       migrated (storage/migrate.py)
     pages, rows or sums wrong                      rebuilt from what is good, the damaged one kept aside
     the last run did not end cleanly               every block read: blanks for the damaged ones
     a newer format, a stranger's file, a symlink   refused, as it is
@@ -29,6 +30,7 @@ from storage.durable import fsync_folder, make_private_folder
 from storage.env import check_private
 from storage.errors import StorageError
 from storage.folder import DataFolder
+from storage.migrate import migrate_registry, migrate_ring
 from storage.registry import AuditRow, Registry
 from storage.ring import Ring
 from storage.salvage import finish_rebuild, rebuild
@@ -63,6 +65,7 @@ def mend_ring(data: DataFolder, shard: str, *, tokenizer_id: str = "", max_bytes
     folder = data.ring / shard
     if finish_rebuild(folder):
         _alarm(data, f"ring {shard}: a rebuild that a crash cut short is finished")
+    migrate_ring(folder)
     if not folder.exists():
         return []
     check_private(folder)
@@ -102,6 +105,7 @@ def mend_registry(data: DataFolder) -> list[Problem]:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         finish_rebuild(data.registry)
+        migrate_registry(data.registry)
         if not data.registry.exists():
             return []
         live = _in_use(data.registry)
