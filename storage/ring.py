@@ -133,7 +133,7 @@ class Ring:
     def create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
         """Make a new ring of a fixed size, preallocated, and open it for writing."""
         header = RingHeader(RING_FORMAT, shard, tokenizer_id, secrets.token_bytes(32))
-        create_environment(folder, max_bytes, first_rows(header, RingState()))
+        create_environment(folder, max_bytes, first_rows(header, RingState()), written=True)
         return cls(folder, open_environment(folder), readonly=False)
 
     @classmethod
