@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.block import HASH_BYTES, Samples
+from storage.check import check_registry, quick_check
 from storage.errors import StorageError
 from storage.folder import DataFolder
+from storage.opening import open_registry, opened_ring
 from storage.registry import Registry
 from storage.ring import Ring
 from storage.windows import DeadLetter, RingState
@@ -32,6 +34,7 @@ __all__ = [
     "check_eviction",
     "check_letters",
     "check_moment",
+    "check_undamaged",
     "opened",
 ]
 
@@ -59,22 +62,56 @@ class Opened:
 
 @contextmanager
 def opened(
-    path: Path, *, shard: str = SHARD, tokenizer_id: str = TOKENIZER, max_bytes: int = MAP_BYTES
+    path: Path,
+    *,
+    shard: str = SHARD,
+    tokenizer_id: str = TOKENIZER,
+    max_bytes: int = MAP_BYTES,
+    mending: bool = True,
 ) -> Iterator[Opened]:
-    """Open as ingest does at its start. Raises: Violation if that fails: it must work after any fault."""
+    """Open as ingest does at its start, which must find nothing to mend: a power cut damages nothing.
+
+    Args:
+        mending: Whether to look for damage and mend it, as ingest does; else as plainly as can be.
+    Raises: Violation if opening fails, or if anything was mended.
+    """
     with ExitStack() as stack:
         try:
             folder = DataFolder.open(path, create=True)
             stack.callback(folder.close)
             stack.enter_context(folder.lock(f"ingest-{shard}"))
-            ring = Ring.open_or_create(
-                folder.ring / shard, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes
-            )
-            stack.enter_context(ring)
-            registry = stack.enter_context(Registry.open_or_create(folder.registry))
+            if mending:
+                opening = opened_ring(folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
+                data = Opened(
+                    folder, stack.enter_context(opening), stack.enter_context(open_registry(folder))
+                )
+            else:
+                ring = Ring.open_or_create(
+                    folder.ring / shard, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes
+                )
+                stack.enter_context(ring)
+                data = Opened(folder, ring, stack.enter_context(Registry.open_or_create(folder.registry)))
         except Exception as error:
             raise Violation("opens", f"{type(error).__name__}: {error}") from error
-        yield Opened(folder, ring, registry)
+        if mending:
+            _check_nothing_mended(data)
+        yield data
+
+
+def _check_nothing_mended(data: Opened) -> None:
+    if mended := [row.detail for row in data.registry.audit() if row.action == "damage"]:
+        raise Violation("undamaged", f"mended what was not damaged: {mended}")
+    if data.ring.state.lost or (data.folder.path / "quarantine").exists():
+        raise Violation("undamaged", f"{data.ring.state.lost} samples set aside that were not damaged")
+
+
+def check_undamaged(path: Path, shard: str = SHARD) -> None:
+    """The outside look at a data folder, before anything opens it, finds nothing wrong."""
+    ring, registry = path / "ring" / shard, path / "registry"
+    problems = quick_check(ring) if ring.exists() else []
+    problems += check_registry(registry, live=False) if registry.exists() else []
+    if problems:
+        raise Violation("undamaged", "; ".join(map(str, problems[:3])))
 
 
 def check_contents(ring: Ring, sent: Callable[[int, int], Samples], *, lost: int = 0) -> Samples:
@@ -200,6 +237,7 @@ def audit_plan(
         tails: Number of a commit -> range that the oldest seq may lie in.
     Returns: The state as found, before the commit.
     """
+    check_undamaged(path)
     with opened(path) as data:
         found = data.ring.state
         check_acknowledged(found.commits, acknowledged, tried)

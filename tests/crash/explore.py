@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from tests.crash.audit import Violation
 from tests.crash.recorder import load, record
 from tests.crash.recording import Recording
 from tests.crash.states import CrashState, CrashStates
@@ -228,7 +230,8 @@ def serve(workload: str, seed: int) -> None:
         try:
             audit(Path(task["folder"]), seed, book, task["heard"])
             violation = ""
+        except Violation as error:
+            violation = str(error)
         except Exception as error:  # an audit that fails in any way is a finding
-            name = "" if type(error).__name__ == "Violation" else f"{type(error).__name__}: "
-            violation = f"{name}{error}" or "fails"
+            violation = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
         print(json.dumps(violation), file=answers, flush=True)

@@ -20,6 +20,7 @@ STATES = {
     "workload_upkeep": 60,
     "workload_creation": 70,
     "workload_publish": 50,
+    "workload_migration": 50,
     "workload_replace": 40,
 }
 
@@ -70,7 +71,7 @@ def test_nothing_acknowledged_is_lost_in_any_state_that_a_power_cut_leaves(workl
         pytest.param("workload_creation", NO_FILE_SYNC, "opens: ", id="creation-file"),
         pytest.param("workload_creation", NO_FOLDER_SYNC, "I1: ", id="creation-folder"),
         pytest.param("workload_upkeep", NO_FILE_SYNC, "I3: ", id="upkeep-file"),
-        pytest.param("workload_ring", NO_LMDB_SYNC, "opens: ", id="ring-both"),
+        pytest.param("workload_ring", NO_LMDB_SYNC, "undamaged: ", id="ring-both"),
         pytest.param("workload_ring", NO_META_SYNC, "I1: ", id="ring-meta"),
     ],
 )

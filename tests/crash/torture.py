@@ -33,8 +33,9 @@ KEPT = Path("test-results") / "crash"
 POWER_CUTS = {
     "workload_ring": 0.35,
     "workload_upkeep": 0.2,
-    "workload_creation": 0.15,
-    "workload_publish": 0.2,
+    "workload_creation": 0.12,
+    "workload_publish": 0.18,
+    "workload_migration": 0.05,
     "workload_replace": 0.1,
 }
 

@@ -10,7 +10,7 @@ from adapters import versions
 from adapters.versions import Manifest, SigningKey
 from storage.folder import DataFolder
 from storage.registry import Registry, UpdateRow, UpdateState
-from tests.crash.audit import Violation, acknowledged_numbers, opened
+from tests.crash.audit import Violation, acknowledged_numbers, check_undamaged, opened
 from tests.crash.plan import say
 
 __all__ = ["audit", "prepare", "run"]
@@ -70,6 +70,7 @@ def run(root: Path, seed: int) -> None:
 def audit(root: Path, seed: int, book: Sequence[str], heard: int) -> None:
     """I5: the active pointer names a complete, signed version that fits the base, or the base itself."""
     acknowledged, tried = acknowledged_numbers(book[:heard], "version")
+    check_undamaged(root / "data")
     with opened(root / "data") as data:
         active = _check(data.folder, data.registry)
         if not acknowledged <= active <= tried:

@@ -18,6 +18,7 @@ from tests.crash.audit import (
     check_contents,
     check_letters,
     check_moment,
+    check_undamaged,
     opened,
 )
 from tests.crash.plan import Plan, say
@@ -38,7 +39,7 @@ def _plan(seed: int) -> Plan:
 def prepare(root: Path, seed: int) -> None:
     """The first commits, then one bit of a block goes bad on the medium."""
     plan = _plan(seed)
-    with opened(root / "data") as data:
+    with opened(root / "data", mending=False) as data:
         for number in range(1, BEFORE + 1):
             data.ring.commit(plan.commit(number))
         folder = data.ring.folder
@@ -57,7 +58,7 @@ def _flip_a_bit(file: Path, block: bytes) -> None:
 def run(root: Path, seed: int) -> None:
     """The part that is recorded."""
     plan = _plan(seed)
-    with opened(root / "data") as data:
+    with opened(root / "data", mending=False) as data:
         for number in range(BEFORE + 1, LAST + 1):
             say(f"try commit {number}")
             data.ring.commit(plan.commit(number))
@@ -106,7 +107,8 @@ def audit(root: Path, seed: int, book: Sequence[str], heard: int) -> None:
     plan, expected = _plan(seed), _Expected(_plan(seed), book)
     numbers = {word: acknowledged_numbers(book[:heard], word) for word in ("commit", "quarantine", "forget")}
     acknowledged, tried = (max(number, BEFORE) for number in numbers["commit"])
-    with opened(root / "data") as data:
+    check_undamaged(root / "data")  # which does not read what is in the blocks
+    with opened(root / "data", mending=False) as data:
         found = data.ring.state
         check_acknowledged(found.commits, acknowledged, tried)
         check_moment(data.ring, plan.moment(found.commits))
@@ -120,7 +122,7 @@ def audit(root: Path, seed: int, book: Sequence[str], heard: int) -> None:
         check_letters(data.ring, plan.letter)
         data.ring.forget(SUBJECT)
         data.ring.commit(plan.commit(found.commits + 1))
-    with opened(root / "data") as data:
+    with opened(root / "data", mending=False) as data:
         check_moment(data.ring, plan.moment(found.commits + 1))
         if problems := [words for _, words in data.ring.check_blocks() if words]:
             raise Violation("goes on", f"after forgetting and a commit: {problems}")
