@@ -24,6 +24,7 @@ from pipeline.supervise import Child, Supervisor
 from storage.durable import write_file_durably
 from storage.errors import StorageError
 from storage.folder import DataFolder
+from storage.migrate import migrate_folder
 from storage.registry import Registry
 from storage.ring import Ring
 
@@ -87,6 +88,7 @@ def run_gateway(
     with stop_on_signals() as stop:
         folder = DataFolder.open(config.data_dir, create=True)
         with folder.lock("supervisor"):
+            migrate_folder(folder)
             ensure_model(config, progress)
             has_stdin = any(source.kind == "stdin" for source in config.sources)
             lockstep = ["--lockstep"] if once else []
@@ -135,6 +137,7 @@ def run_replay(
     with stop_on_signals() as stop:
         folder = DataFolder.open(config.data_dir, create=True)
         with folder.lock("supervisor"):
+            migrate_folder(folder)
             before = _check_record(folder, record, resume)
             if before is not None and before.finished and (not updates or _decided(folder)):
                 return build_report(folder)

@@ -33,12 +33,14 @@ from storage.build import blank_blocks, build_ring, newest_that_fit, quarantine_
 from storage.durable import fsync_folder, remove_folder, rename_durably
 from storage.env import check_private, create_environment
 from storage.errors import CorruptBlockError, CorruptRingError, StorageError
+from storage.folder import DataFolder
 from storage.pages import Item, PageFile, PageProblem, items, newest_meta, read_metas
 from storage.registry import (
     MAP_BYTES,
     REGISTRY_FORMAT,
     ActivePointer,
     AuditRow,
+    Registry,
     UpdateRow,
     VersionRow,
     first_rows,
@@ -47,12 +49,26 @@ from storage.ring import RING_FORMAT
 from storage.ring_writer import U64
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingHeader, RingState
 
-__all__ = ["migrate_registry", "migrate_ring"]
+__all__ = ["migrate_folder", "migrate_registry", "migrate_ring"]
 
 SPARE_BYTES = 16 << 20  # of the disk, left to everybody else
 WAIT_S = 5.0
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 log = logging.getLogger("edgewater.storage")
+
+
+def migrate_folder(data: DataFolder) -> None:
+    """Migrate what is of format 1 in a data folder, for who looks at it before ingest opens it.
+
+    Raises: as `migrate_ring` and `migrate_registry`; LockHeldError while an older ingest runs.
+    """
+    for folder in sorted(data.ring.iterdir()) if data.ring.is_dir() else ():
+        shard = folder.name.partition(".")[0]
+        if (_format_of(folder) == 1 and folder.name == shard) or _aside(data.ring / shard).exists():
+            with data.lock(f"ingest-{shard}"):
+                migrate_ring(data.ring / shard)
+    if data.registry.is_dir() or _aside(data.registry).exists():
+        Registry.open_or_create(data.registry).close()
 
 
 def migrate_ring(folder: Path) -> bool:

@@ -19,7 +19,7 @@ import zstandard
 
 from storage import migrate
 from storage.durable import remove_folder
-from storage.errors import CorruptRingError, FormatTooNewError, StorageError
+from storage.errors import CorruptRingError, FormatTooNewError, LockHeldError, StorageError
 from storage.folder import DataFolder
 from storage.registry import Registry, UpdateState
 from storage.ring import Ring
@@ -136,6 +136,22 @@ def test_readers_say_that_the_format_is_older_and_change_nothing(packed: bytes, 
     with pytest.raises(StorageError, match=r"is of format 1 \(the next start of `edgewater run`"):
         Registry.open_reader(folder.registry)
     assert (digest_of(folder.ring / "main"), digest_of(folder.registry)) == before
+
+
+def test_a_supervisor_migrates_what_it_looks_at(packed: bytes, tmp_path: Path) -> None:
+    """Before ingest starts; an older ingest that still runs is not disturbed."""
+    folder, expected = unpacked(packed, tmp_path)
+    before = digest_of(folder.ring / "main")
+    with folder.lock("ingest-main"), pytest.raises(LockHeldError):
+        migrate.migrate_folder(folder)
+    assert digest_of(folder.ring / "main") == before
+    migrate.migrate_folder(folder)
+    with Ring.open_reader(folder.ring / "main") as ring:
+        check_ring(ring, expected["ring"])
+    with Registry.open_reader(folder.registry) as registry:
+        check_registry(registry, expected["registry"])
+    with folder.lock("ingest-main"):
+        migrate.migrate_folder(folder)  # nothing to do: no lock is needed
 
 
 def test_a_second_backup_takes_another_name(packed: bytes, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 def test_commits_during_an_export_are_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds the moment at which it began, whole: state, windows and samples agree."""
     monkeypatch.setattr("storage.walk.CHUNK_BYTES", 1)
-    with grown(tmp_path / "a", 5) as ring:
+    with grown(tmp_path / "a", 5, tokens=1000) as ring:
         before, out = contents(ring), io.BytesIO()
         export_ring(ring, out, lambda share, words: add(ring, ring.state.next_seq // 10))
         assert ring.state.next_seq == 100
@@ -193,7 +193,7 @@ def test_eviction_that_overtakes_an_export_costs_the_oldest_samples_only(
 ) -> None:
     """What it holds is contiguous up to its moment, and it says what it lacks."""
     monkeypatch.setattr("storage.walk.CHUNK_BYTES", 1)
-    with grown(tmp_path / "a", 10) as ring:
+    with grown(tmp_path / "a", 10, tokens=1000) as ring:
         before, out, cut = ring.read(0, 99), io.BytesIO(), iter([None, None, 1e9 + 6])
 
         def evict(share: float, words: str) -> None:
@@ -350,21 +350,21 @@ def test_a_dictionary_that_is_trained_meanwhile_goes_with_what_it_packs(
 ) -> None:
     """Blocks from before it are merged, and packed anew with it, before the export reaches them."""
     monkeypatch.setattr("storage.walk.CHUNK_BYTES", 1)
-    with readings(tmp_path / "a", 49) as ring:
+    with readings(tmp_path / "a", 48) as ring:
         assert not ring._dictionaries
-        before, out, calls = ring.read(0, 979), io.BytesIO(), list[float]()
+        before, out, calls = ring.read(0, 959), io.BytesIO(), list[float]()
 
         def go_on(share: float, words: str) -> None:
-            if not calls:
-                readings_more(ring, 25)
             calls.append(share)
+            if len(calls) == 1:
+                readings_more(ring, 200)
 
         export_ring(ring, out, go_on)
         assert ring._dictionaries
     import_ring(out, tmp_path / "b", 4 << 20)
     assert list((tmp_path / "b").glob("dictionary-*"))
     with Ring.open_reader(tmp_path / "b") as again:
-        assert again.read(0, 979) == before
+        assert again.read(0, 959) == before
         assert problems(again) == []
 
 
