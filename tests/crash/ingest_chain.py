@@ -28,7 +28,7 @@ from tests.crash.audit import Violation, check_contents, check_eviction
 from tests.crash.life_ingest import SOURCE, IngestLife, Sent, Traffic, hash_of, write_config
 from tests.crash.lives import Call, Life, Lives, Point
 
-__all__ = ["PROGRAM", "Chain", "Shape", "Calls", "calls_of", "pick", "shape_of"]
+__all__ = ["PROGRAM", "Chain", "Shape", "Steps", "shape_of"]
 
 PROGRAM = "tests.crash.life_ingest"
 SHARD = "main"
@@ -64,11 +64,15 @@ class Shape(msgspec.Struct, frozen=True):
 def shape_of(seed: int) -> Shape:
     """The shape that a seed chooses: half of them evict, one in seven reads files, half have a witness."""
     rng = random.Random(f"shape {seed}")
-    bulk = rng.choice((0, 1_500))
+    bulk = rng.choice((0, 4_000))
     files = rng.random() < 0.15  # read in commits of up to 1 MiB, so both it and its ring are larger
     return Shape(
         seed=seed,
-        lines=rng.randint(3_000, 5_000) if files else rng.randint(500, 1_000),
+        lines=rng.randint(3_000, 5_000)
+        if files
+        else rng.randint(900, 1_300)
+        if bulk
+        else rng.randint(500, 1_000),
         bulk=bulk,
         ring_bytes=(1 << 20) if bulk and not files else (2 << 20),
         chunk=rng.choice((1, 3, 7)),
@@ -104,9 +108,13 @@ class Chain:
         model: The prepared base.
         work: Folder for the data folder, its configuration and its inputs; must exist and be empty.
         shape: Of the traffic.
+        quiet: Where the undisturbed run has its data folder; None takes a place in `work`. Or a chain of the
+            same shape, whose undisturbed run will do.
     """
 
-    def __init__(self, lives: Lives, model: Path, work: Path, shape: Shape) -> None:
+    def __init__(
+        self, lives: Lives, model: Path, work: Path, shape: Shape, quiet: Path | Chain | None = None
+    ) -> None:
         self.shape, self._lives, self._model, self._work = shape, lives, model, work
         self.traffic = Traffic(shape.seed, shape.bulk)
         self.acked = 0
@@ -114,6 +122,8 @@ class Chain:
         self._witness: Ring | None = None
         self._stack = ExitStack()
         self.data = work / "data"
+        self._same = quiet if isinstance(quiet, Chain) else None
+        self._quiet_work = quiet if isinstance(quiet, Path) else work / "quiet"
         self._config = work / "edgewater.toml"
         pattern = str(work / "*.jsonl") if shape.files else ""
         write_config(self._config, model, ring_bytes=shape.ring_bytes, pattern=pattern)
@@ -149,7 +159,9 @@ class Chain:
     @cached_property
     def quiet(self) -> Quiet:
         """Run the same traffic undisturbed, in a ring that holds all of it, and check what it stored."""
-        work = self._work / "quiet"
+        if self._same is not None:
+            return self._same.quiet
+        work = self._quiet_work
         work.mkdir()
         config = work / "edgewater.toml"
         pattern = str(self._work / "*.jsonl") if self.shape.files else ""
@@ -164,16 +176,29 @@ class Chain:
         self._check_texts(samples)
         return Quiet(state, samples, windows, _digests(samples), life)
 
+    def steps(self, *, own: bool = False) -> Steps:
+        """Where a life of this chain can be hurt.
+
+        Args:
+            own: Leave out what it says to the outside, on standard output and error.
+        """
+        creating, committing = _split(self.quiet.life, own)
+        starting, _ = _split(self._restart, own)
+        # Numbers count from the start of a life, and a start makes fewer calls than a creation.
+        less = Counter(call.name for call in creating)
+        less.subtract(call.name for call in starting)
+        shifted = [msgspec.structs.replace(call, number=call.number - less[call.name]) for call in committing]
+        return Steps(creating, starting, shifted)
+
     @property
     def complete(self) -> bool:
         """Whether all lines are acknowledged (a file's never are)."""
         return self.acked == self.shape.lines
 
     @cached_property
-    def restart(self) -> Life:
-        """A life that finds its data folder, with little left to do."""
+    def _restart(self) -> Life:
         self.quiet  # noqa: B018 - it comes first
-        config = self._work / "quiet" / "edgewater.toml"
+        config = self._quiet_work / "edgewater.toml"
         first = self.shape.lines - 3 * self.shape.chunk * self.shape.window
         return self._lives.run(self._order(str(config), first), traced=True)
 
@@ -320,40 +345,44 @@ class Chain:
             _same("end", "open window", state.window, quiet.window)
 
 
-class Calls(msgspec.Struct, frozen=True):
-    """Every call of an undisturbed life: until the ring's first commit, and from it on."""
+class Steps(msgspec.Struct, frozen=True):
+    """Where ingest can be hurt: the calls of its main thread, which is the one that commits.
 
-    before: list[Call]
-    after: list[Call]
-
-
-def calls_of(life: Life, *, own: bool = False) -> Calls:
-    """Where a life like this one can be hurt: the calls of its main thread, which is the one that commits.
-
-    Args:
-        own: Leave out what it says to the outside, on standard output and error.
+    Attributes:
+        creating: Of a life that makes its data folder, up to the first commit.
+        starting: Of a life that finds it, up to the first commit.
+        committing: From the first commit on; numbered as in a life that finds its data folder.
     """
+
+    creating: list[Call]
+    starting: list[Call]
+    committing: list[Call]
+
+    def pick(self, rng: random.Random, what: str = "SIGKILL", *, near: bool = False) -> tuple[Point, int]:
+        """A point of a life that finds its data folder: in its start, its first commits, or further on.
+
+        Mostly early: the traffic is soon over where each lifetime gets far, and with it the chain.
+
+        Args:
+            near: Only in the start and the first commits: files are read in few large ones.
+        Returns: The point, and how many calls of commits a life must make to be sure to come there.
+        """
+        dice = rng.random()
+        if dice < 0.15:
+            return rng.choice(self.starting).point(what), 1
+        whole = len(self.committing)
+        reach = 8 if near else 24 if dice < 0.5 else whole // (12 if dice < 0.95 else 2)
+        reach = max(min(reach, whole), 1)
+        return self.committing[rng.randrange(reach)].point(what), reach
+
+
+def _split(life: Life, own: bool) -> tuple[list[Call], list[Call]]:
+    """Its calls before the ring's first commit, and from it on."""
     mine = [call for call in life.calls if call.thread == life.pid]
     mine = [call for call in mine if not (own and call.path.endswith(("/out", "/err")))]
     ring = f"/ring/{SHARD}/data.mdb"
     first = next((i for i, call in enumerate(mine) if call.path.endswith(ring)), len(mine))
-    return Calls(mine[:first], mine[first:])
-
-
-def pick(
-    rng: random.Random, starting: list[Call], later: list[Call], what: str = "SIGKILL"
-) -> tuple[Point, int]:
-    """A point of a life that finds its data folder: in its start, in its first commits, or further on.
-
-    Mostly early: the traffic is soon over where each lifetime gets far, and with it the chain.
-    Returns: The point, and how many calls of commits such a life must make to be sure to come there.
-    """
-    dice = rng.random()
-    if dice < 0.15:
-        return rng.choice(starting).point(what), 1
-    reach = 24 if dice < 0.5 else len(later) // (12 if dice < 0.95 else 2)
-    reach = max(min(reach, len(later)), 1)
-    return later[rng.randrange(reach)].point(what), reach
+    return mine[:first], mine[first:]
 
 
 def _timeless(row: ClosedWindow) -> ClosedWindow:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.crash import ingest_chain, publish_chain
 from tests.crash.audit import Violation
-from tests.crash.ingest_chain import Chain, Shape, calls_of, pick, shape_of
+from tests.crash.ingest_chain import Chain, Shape, shape_of
 from tests.crash.lives import Life, Lives, Point, cannot_trace
 from tests.crash.publish_chain import PublishChain, make_site
 
@@ -100,15 +100,15 @@ def kill_ingest(
     """
     counts = Counts(chains=1)
     with Chain(lives, model, work, shape) as chain:
-        creating, going_on = calls_of(chain.quiet.life), calls_of(chain.restart)
-        creations = rng.choice((0, 1, 3, 6))
+        steps = chain.steps()
+        creations = rng.choice((0, 1, 3))
         point: Point | None = None
         try:
             for number in range(limit):
                 if number < creations:
-                    point, reach = rng.choice(creating.before).point(), 1
+                    point, reach = rng.choice(steps.creating).point(), 1
                 else:
-                    point, reach = pick(rng, going_on.before, creating.after)
+                    point, reach = steps.pick(rng, near=shape.files)
                 ended = counts.book(chain.live(point, reach, again=rng.choice((0, 0, 5, 25))))
                 chain.audit()
                 if chain.complete or (ended and shape.files):
@@ -140,8 +140,7 @@ def kill_publish(lives: Lives, model: Path, site: Path, work: Path, rng: random.
     point: Point | None = None
     try:
         for _ in range(LIVES_A_CHAIN):
-            reach = rng.choice((12, 40, len(points)))
-            point = points[rng.randrange(min(reach, len(points)))]
+            point = points[rng.randrange(rng.choice((10, 10, 30, 60)))]
             ended = counts.book(chain.live(point))
             chain.audit(recover=rng.random() < 0.5, ended=ended)
             if ended:

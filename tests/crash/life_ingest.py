@@ -8,6 +8,7 @@ on standard output, written past every buffer: the number of traffic lines ackno
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
@@ -100,11 +101,15 @@ class Traffic:
         return {"kind": "reading", "values": values, "units": {"pressure": "bar"}}
 
     def _text(self, rng: random.Random, number: int) -> dict[str, Any]:
-        return {"kind": "text", "text": f"work order {number} {rng.randbytes(self._bulk // 2).hex()}"}
+        return {"kind": "text", "text": f"work order {number} {_noise(rng, self._bulk)}"}
 
     def _exchange(self, rng: random.Random, number: int) -> dict[str, Any]:
         said = (("user", f"E{number}?"), ("assistant", f"Reset {rng.randint(1, 9)} times."))
         return {"kind": "exchange", "messages": [{"role": role, "content": text} for role, text in said]}
+
+
+def _noise(rng: random.Random, characters: int) -> str:
+    return base64.b85encode(rng.randbytes(characters * 4 // 5)).decode()
 
 
 def _identity(event: dict[str, Any]) -> object:
@@ -266,7 +271,7 @@ def _cheat(how: str) -> None:
 
         Ring.commit = try_again  # type: ignore[assignment, method-assign]
     elif how == "forgetful":
-        Ring.newest_hashes = lambda self, count: []  # type: ignore[method-assign]
+        Ring.newest_hashes = lambda self, count: b""  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The process that trains is replaced by one function that leaves what that process leaves, in its order
 (adapters/update.py): an adapter's two files, then its result, a pure function of the task. Claiming, staging,
-judging, signing, publishing, promoting and acknowledging are the trainer's own. It ends when nothing is due.
+judging, signing, publishing, promoting and acknowledging are the trainer's own. It ends when nothing is due,
+or when it would wait for the disk, which it then says on standard output.
 """
 
 from __future__ import annotations
@@ -96,8 +97,11 @@ def live(argument: bytes) -> None:
     def train(task: Path, stop: threading.Event, progress: Progress, log_file: Path) -> Ending:
         try:
             return _train(task, log_file, life.reject)
-        except OSError:
-            return Ending.FAILED  # as a process of its own that ends with an error
+        except OSError:  # of the disk: nothing else goes wrong here
+            # The trainer would wait and try again for as long as it takes; this life is told to stop then.
+            os.write(1, b"waiting for the disk\n")
+            stop.set()
+            return Ending.NO_DISK
 
     def without_waiting(config: Config, *, lockstep: bool) -> TrainerSettings:
         made: TrainerSettings = settings(config, lockstep=lockstep)
