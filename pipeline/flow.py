@@ -25,8 +25,9 @@ __all__ = ["Step", "build_flow"]
 Step = Callable[[Batch], Batch]
 T = TypeVar("T")
 Guarded = Callable[[Batch], list[T]]
-# A time in the past: always ready. The wait is the queue's, so a clock that steps back stalls nothing.
-_NOW = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
+# A time in the past: always ready. The wait is the queue's, so a clock that steps back stalls nothing. Before
+# 1970, where boards without a battery start: Bytewax would sleep until this time, deaf to signals.
+_NOW = datetime.datetime(1900, 1, 1, tzinfo=datetime.UTC)
 
 
 class _Partition(StatelessSourcePartition[Batch]):

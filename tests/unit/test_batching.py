@@ -7,6 +7,7 @@ import pytest
 from pipeline import batching
 from pipeline.batching import Assembler, BatchLimits, limits_for
 from pipeline.events import Batch, Line, Origin
+from pipeline.flow import _Partition
 from pipeline.sources.inbox import Chunk, Connector, Inbox
 
 
@@ -200,3 +201,12 @@ def test_a_small_ring_takes_small_batches() -> None:
     assert limits_for(256 << 20, 2.0) == BatchLimits(1_000, 1 << 20, 2.0)
     assert limits_for(64 << 20, 2.0).data_bytes == 1 << 20
     assert limits_for(16 << 20, 10.0) == BatchLimits(1_000, 256 << 10, 10.0)
+
+
+def test_the_source_is_due_also_under_a_clock_in_1970() -> None:
+    """Bytewax sleeps until a source is due by the wall clock, and hears no signal meanwhile."""
+    inbox = Inbox()
+    partition = _Partition(Assembler(inbox, BatchLimits(), finite=True), inbox, lambda: False, 1)
+    due = partition.next_awake()
+    assert due is not None
+    assert due.timestamp() < 0
