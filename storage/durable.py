@@ -22,6 +22,9 @@ def fsync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        error.filename = str(folder)  # a descriptor does not know its own
+        raise
     finally:
         os.close(fd)
 

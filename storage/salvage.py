@@ -34,7 +34,7 @@ from storage.durable import (
 from storage.env import create_environment, open_environment
 from storage.errors import CorruptBlockError, StorageError
 from storage.pages import Item, Meta, PageFile, items, newest_meta, raw_items, read_metas, root_candidates
-from storage.ring import RING_FORMAT, first_rows, read_ring_header
+from storage.ring_header import RING_FORMAT, first_rows, read_ring_header
 from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, RingWriter, block_key, encode_runs
 from storage.rows import seal, sum_of, unseal
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, QuarantineRow, RingHeader, RingState
@@ -419,9 +419,15 @@ def _choose_blocks(
         holes: list[tuple[int, int]] = []
     else:
         inside = {seq: b for seq, b in held.items() if state.tail_seq <= seq and b.end_seq <= state.next_seq}
-        blocks, holes = _fill(inside, raw.blocks, state.tail_seq, state.next_seq)
+        spare = raw.blocks
+        if report.lost_commits:
+            # The lost one may have forgotten samples. A copy of a higher revision tells.
+            inside = {seq: b for seq, b in inside.items() if not _is_stale(b, raw.blocks)}
+            spare = [block for block in raw.blocks if not _is_stale(block, raw.blocks)]
+        blocks, holes = _fill(inside, spare, state.tail_seq, state.next_seq)
         if forgetful and _sum(blocks) != state.blocks_sum:
-            blocks, holes = _fill(inside, [], state.tail_seq, state.next_seq)
+            blanked = [block for block in spare if block.revision]
+            blocks, holes = _fill(inside, blanked, state.tail_seq, state.next_seq)
         elif state.txn < newest_txn or not newest_txn:
             blocks += _follow(raw.blocks, state.next_seq)
     report.from_free_pages = sum(block.first_seq not in held for block in blocks)
@@ -439,6 +445,17 @@ def _choose_blocks(
         blocks = [block for block in blocks if block.first_seq >= cut]
         holes = [(max(first, cut), end) for first, end in holes if end > cut]
     return blocks, holes
+
+
+def _is_stale(block: _Block, others: list[_Block]) -> bool:
+    """Whether samples in it were blanked since: any copy of them with a higher revision is newer."""
+    return any(
+        other.revision > block.revision
+        and other.first_seq < block.end_seq
+        and block.first_seq < other.end_seq
+        for other in others
+        if other.revision
+    )
 
 
 def _sum(blocks: list[_Block]) -> int:

@@ -51,7 +51,7 @@ def test_killed_anywhere_ingest_and_trainer_lose_and_double_nothing(tiny_model: 
     "shape",
     [
         Shape(seed=1, lines=900, bulk=4_000, ring_bytes=1 << 20, chunk=3, window=2, witness=True),
-        Shape(seed=2, lines=6_000, files=True),
+        Shape(seed=2, lines=12_000, files=True),
         Shape(seed=3, lines=300, chunk=1, window=4),
     ],
     ids=["evicting, with a reader that stays", "files with positions", "a window of unacknowledged chunks"],
@@ -60,7 +60,7 @@ def test_killed_again_and_again_on_one_data_folder_the_ring_ends_as_an_undisturb
     ingests: Lives, tiny_model: Path, tmp_path: Path, shape: Shape
 ) -> None:
     counts = kill_ingest(ingests, tiny_model, tmp_path, shape, random.Random(SEED), 12)
-    assert counts.kills >= (3 if shape.files else 8), f"seed {SEED}: {counts}"
+    assert counts.kills >= (2 if shape.files else 8), f"seed {SEED}: {counts}"
 
 
 def test_a_ring_that_filled_up_has_evicted_its_oldest_and_nothing_else(
