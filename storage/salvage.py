@@ -20,6 +20,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import lmdb
 import msgspec
 
 from storage.block import Samples, block_checksum, decode_block, verify_block
@@ -32,7 +33,7 @@ from storage.durable import (
     write_file_durably,
 )
 from storage.env import create_environment, open_environment
-from storage.errors import CorruptBlockError, StorageError
+from storage.errors import CorruptBlockError, StorageError, WriteFailedError
 from storage.pages import Item, Meta, PageFile, items, newest_meta, raw_items, read_metas, root_candidates
 from storage.ring_header import RING_FORMAT, first_rows, read_ring_header
 from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, RingWriter, block_key, encode_runs
@@ -184,13 +185,17 @@ def rebuild(
     # 3. The damaged ring renamed into quarantine, synced.    Crash: no ring under its name, and a whole one
     #                                                         aside: finish_rebuild() takes step 4.
     # 4. <shard>.rebuilt.new renamed to <shard>, synced.      From here the ring is the new one.
-    aside, target = set_aside(folder, quarantine)
-    report = _make_anew(folder, aside, tokenizer_id, max_bytes, least_window, least_seq)
-    report.moved_to = str(target)
-    write_file_durably(folder / _REPORT, msgspec.json.encode(report) + b"\n")
-    rename_durably(folder, target)
-    if aside.exists():
-        rename_durably(aside, folder)
+    try:
+        aside, target = set_aside(folder, quarantine)
+        report = _make_anew(folder, aside, tokenizer_id, max_bytes, least_window, least_seq)
+        report.moved_to = str(target)
+        write_file_durably(folder / _REPORT, msgspec.json.encode(report) + b"\n")
+        rename_durably(folder, target)
+        if aside.exists():
+            rename_durably(aside, folder)
+    except (lmdb.Error, OSError) as error:
+        hint = "free some space, or check the disk; the next start tries again"
+        raise WriteFailedError(f"cannot be rebuilt: {error}", path=folder, hint=hint) from error
     log.error("%s", report.words())
     return report
 
