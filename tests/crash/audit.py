@@ -68,12 +68,14 @@ def opened(
     tokenizer_id: str = TOKENIZER,
     max_bytes: int = MAP_BYTES,
     mending: bool = True,
+    intact: bool = True,
 ) -> Iterator[Opened]:
     """Open as ingest does at its start, which must find nothing to mend: a power cut damages nothing.
 
     Args:
         mending: Whether to look for damage and mend it, as ingest does; else as plainly as can be.
-    Raises: Violation if opening fails, or if anything was mended.
+        intact: Whether nothing was damaged on purpose.
+    Raises: Violation if opening fails, or if something intact was mended.
     """
     with ExitStack() as stack:
         try:
@@ -93,7 +95,7 @@ def opened(
                 data = Opened(folder, ring, stack.enter_context(Registry.open_or_create(folder.registry)))
         except Exception as error:
             raise Violation("opens", f"{type(error).__name__}: {error}") from error
-        if mending:
+        if mending and intact:
             _check_nothing_mended(data)
         yield data
 

@@ -20,7 +20,8 @@ STATES = {
     "workload_upkeep": 60,
     "workload_creation": 70,
     "workload_publish": 50,
-    "workload_migration": 50,
+    "workload_migration": 40,
+    "workload_rebuild": 40,
     "workload_replace": 40,
 }
 

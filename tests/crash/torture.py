@@ -32,10 +32,11 @@ KEPT = Path("test-results") / "crash"
 # Which workloads are recorded, and each one's share of the states.
 POWER_CUTS = {
     "workload_ring": 0.35,
-    "workload_upkeep": 0.2,
+    "workload_upkeep": 0.17,
     "workload_creation": 0.12,
     "workload_publish": 0.18,
-    "workload_migration": 0.05,
+    "workload_migration": 0.04,
+    "workload_rebuild": 0.04,
     "workload_replace": 0.1,
 }
 
