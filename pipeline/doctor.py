@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,14 +12,16 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+import storage.opening
 from pipeline.config import Config, ConfigError
 from pipeline.roles import foreign_packages, model_folder
+from storage.check import check_folder
 from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.registry import Registry
 from storage.ring import Ring
 
-__all__ = ["Finding", "examine", "format_findings"]
+__all__ = ["Finding", "examine", "format_findings", "repair"]
 
 MIN_FREE_BYTES = 512 << 20
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "overlay"}
@@ -54,6 +58,23 @@ def examine(context: Loadable) -> list[Finding]:
     for look in (_sources, _model, _disk, _folder):
         findings += look(config)
     return findings
+
+
+def repair(context: Loadable) -> list[Finding]:
+    """Mend the data folder offline: what `edgewater doctor --repair` does.
+
+    Damaged rings and registries are set aside and made anew of what is good; damaged blocks become blanks.
+    Returns: What was done, then what `examine` finds.
+    Raises: ConfigError; LockHeldError while ingest, the trainer or the server runs.
+    """
+    config = context.load()
+    folder = DataFolder.open(config.data_dir, create=False)
+    try:
+        done = storage.opening.repair(folder)
+    finally:
+        folder.close()
+    findings = [Finding("warning", "repaired", words) for words in done]
+    return [*(findings or [Finding("right", "repair", "there was nothing to mend")]), *examine(context)]
 
 
 def format_findings(findings: list[Finding]) -> str:
@@ -131,29 +152,63 @@ def _folder(config: Config) -> Iterator[Finding]:
         yield Finding("wrong", "data folder", str(error))
         return
     yield Finding("right", "data folder", str(folder.path))
+    live = _running(folder)
+    try:
+        problems = check_folder(folder, live=live)
+    except StorageError as error:  # written by a newer Edgewater
+        yield Finding("wrong", "data folder", str(error))
+        return
+    for problem in problems:
+        yield Finding("warning" if problem.kind == "stray" else "wrong", problem.kind, str(problem))
+    # LMDB is let near a file only after it was found sound: a damaged one can end this process.
+    unsound = any(problem.cure == "rebuild" for problem in problems)
     checks: tuple[Callable[[DataFolder, Config], Iterator[Finding]], ...] = (_rings, _registry)
-    for check in checks:
+    for check in () if unsound else checks:
         try:
             yield from check(folder, config)
         except StorageError as error:
             yield Finding("wrong", check.__name__.strip("_"), str(error))
+    if not problems:
+        how = "while Edgewater runs on it" if live else "at rest"
+        yield Finding("right", "data folder", f"every page, seal and checksum is right ({how})")
+
+
+def _running(folder: DataFolder) -> bool:
+    """Whether any process holds a role on the data folder."""
+    for path in folder.run.glob("*.lock"):
+        if path.name == "registry.lock":
+            continue
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
 
 
 def _rings(folder: DataFolder, config: Config) -> Iterator[Finding]:
-    for path in sorted(p for p in folder.ring.iterdir() if p.is_dir()):
+    for path in sorted(p for p in folder.ring.iterdir() if p.is_dir() and "." not in p.name):
         with Ring.open_reader(path) as ring:
-            bad = [f"seq {seq}: {problem}" for seq, problem in ring.check_blocks() if problem]
-            state = ring.read_state()
-            if bad:
-                yield Finding("wrong", f"ring {path.name}", f"{len(bad)} blocks are damaged; {bad[0]}")
-            else:
-                held = state.next_seq - state.tail_seq
-                yield Finding("right", f"ring {path.name}", f"every checksum is right, {held:,} samples")
+            state, rows = ring.read_state(), ring.quarantined()
+            words = f"{state.next_seq - state.tail_seq:,} samples"
+            if state.lost:
+                words += f", {state.lost:,} were lost to damage since it was made"
+            yield Finding("warning" if state.lost else "right", f"ring {path.name}", words)
+            for row in rows[-3:]:
+                words = (
+                    f"samples {row.first_seq} to {row.first_seq + row.samples - 1} are blank: {row.reason}"
+                )
+                yield Finding("warning", f"ring {path.name}", words)
             if ring.map_bytes != int(config.ring.max_bytes):
                 words = (
                     f"made with {ring.map_bytes >> 20} MiB; ring.max_bytes takes effect in a new data folder"
                 )
                 yield Finding("warning", f"ring {path.name}", words)
+    kept = folder.path / "quarantine"
+    for path in sorted(kept.iterdir()) if kept.is_dir() else ():
+        if path.is_dir():
+            words = f"{path} was set aside, damaged; delete it when nobody wants to look at it"
+            yield Finding("warning", "quarantine", words)
 
 
 def _registry(folder: DataFolder, config: Config) -> Iterator[Finding]:

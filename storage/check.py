@@ -12,6 +12,7 @@ crash. What each kind of damage is caught by:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -38,7 +39,7 @@ from storage.windows import ClosedWindow, DeadLetter, QuarantineRow, RingHeader,
 
 __all__ = ["Cure", "Problem", "check_folder", "check_registry", "check_ring", "quick_check"]
 
-PIN_S = 0.5  # a live check holds a snapshot for so long, then lets the writer have its pages back
+PIN_S = 0.1  # a live check holds a snapshot for so long, then lets the writer have its pages back
 Cure = Literal["rebuild", "quarantine", "none"]
 Progress = Callable[[str, int], None]
 log = logging.getLogger("edgewater.check")
@@ -96,7 +97,7 @@ def check_ring(folder: Path, *, live: bool, progress: Progress = lambda what, n:
         folder: The ring's folder.
         live: Whether its writer may be running. Then a read transaction keeps the pages of the snapshot
             that is looked at from being written again: retrying until nothing changed would never end
-            beside a busy writer. It is held for half a second at a time, and what spans the whole ring (the
+            beside a busy writer. It is held for the walk and then for a tenth of a second at a time, and what spans the whole ring (the
             sum of the blocks) is only checked if one such time was enough.
         progress: Told what is looked at and how much of it was.
     Returns: What is wrong.
@@ -161,10 +162,27 @@ def _snapshot(folder: Path, *, live: bool) -> Iterator[tuple[PageFile, Meta | No
         ]
         if meta is None and metas:
             meta = newest_meta(metas)
+            for other in metas:
+                # A flipped bit can turn t into t - 2, which looks like a file one commit ago. But the state
+                # row of the snapshot before the newest is whole too: LMDB keeps its pages so long.
+                if other is not meta and _stated_txn(file, other) not in (None, other.txn):
+                    words = f"page {other.index} names another transaction than its snapshot"
+                    problems.append(Problem("meta", str(path), words, _REBUILD, "rebuild"))
         if meta is not None and file.size != meta.map_bytes:
             words = f"is {file.size} bytes long, its map is {meta.map_bytes}"
             problems.append(Problem("file", str(path), words, _REBUILD, "rebuild"))
         yield file, meta, problems
+
+
+def _stated_txn(file: PageFile, meta: Meta) -> int | None:
+    """The transaction that a snapshot's state row names, of a ring or a registry; None if it has none."""
+    for item in items(file, meta.main.root, last_page=meta.last_page, depth=meta.main.depth, start=STATE):
+        if item.key != STATE or item.value is None:
+            return None
+        with contextlib.suppress(CorruptRingError, msgspec.MsgspecError, LookupError, TypeError):
+            return int(msgspec.msgpack.decode(unseal(STATE, item.value))["txn"])
+        return None
+    return None
 
 
 @contextmanager

@@ -39,7 +39,6 @@ def rebuild_registry(folder: Path, quarantine: Path, versions: Sequence[str]) ->
     rows, proved = _registry_rows(folder)
     lost: list[str] = []
     if not proved:
-        lost.append("what the last transaction wrote may be among them")
         _put_right(rows, lost)
         known = {msgspec.msgpack.decode(v, type=VersionRow).folder for k, v in rows.items() if k[:1] == b"V"}
         if strangers := [name for name in versions if name not in known and not name.endswith(".tmp")]:
@@ -47,46 +46,47 @@ def rebuild_registry(folder: Path, quarantine: Path, versions: Sequence[str]) ->
     create_environment(aside, registry.MAP_BYTES, first_rows(rows))
     rename_durably(folder, target)
     rename_durably(aside, folder)
-    said = "nothing is lost" if proved else "; ".join(["rows are lost", *lost])
+    said = "nothing is lost" if proved else "; ".join(["rows are lost, older ones stand in for them", *lost])
     return (
         f"the registry was damaged and is rebuilt with {len(rows)} rows; {said}; the old one lies in {target}"
     )
 
 
 def _registry_rows(folder: Path) -> tuple[dict[bytes, bytes], bool]:
-    """Rows whose seals hold, unsealed, and whether they are proved to be the newest."""
+    """Rows whose seals hold, unsealed, and whether they are proved to be those of the last transaction.
+
+    If they are not: those of the newest tree, and for what is missing in it those of the newest tree that is
+    whole. But never its active pointer: what was rolled back must not become active again by itself.
+    """
     if not (folder / "data.mdb").is_file():
         return {}, False
-    best: tuple[int, dict[bytes, bytes]] = (-1, {})
+    versions: dict[bytes, bytes] = {}
+    leaves: list[tuple[int, int]] = []  # transaction that a state row names, its page
+    top: tuple[int, dict[bytes, bytes]] = (-1, {})
     whole: tuple[int, dict[bytes, bytes]] = (-1, {})
     with PageFile(folder / "data.mdb") as file:
         metas, wrong = read_metas(file)
-        trees = [(meta.main.root, meta.last_page) for meta in metas]
-        loose: list[tuple[int, dict[bytes, bytes]]] = []
-        leaves: list[tuple[int, int]] = []
         for page, found in itertools.groupby(raw_items(file, orphans=False), lambda item: item.page):
             rows, txn, _ = _sealed_rows(found)
-            loose.append((txn, rows))
+            versions |= {key: value for key, value in rows.items() if key[:1] == b"V"}
             leaves.append((txn, page))
+        # A meta page that may be the damaged one is only believed as far as its state row says the same.
+        trees = [(meta.main.root, meta.last_page, -1 if wrong else meta.txn) for meta in metas]
         for txn, page in sorted(leaves, reverse=True)[:MAX_STATES]:
             if txn > 0:
-                trees += ((root, file.pages - 1) for root in root_candidates(file, page)[:MAX_ROOTS])
-        newest = max([0, *(txn for txn, _ in leaves), *(meta.txn for meta in metas if not wrong)])
-        for root, last_page in trees:
+                trees += ((root, file.pages - 1, -1) for root in root_candidates(file, page)[:MAX_ROOTS])
+        newest = max([0, *(txn for txn, _ in leaves), *(txn for _, _, txn in trees)])
+        for root, last_page, said in trees:
             rows, txn, total = _sealed_rows(items(file, root, last_page=last_page, problems=[]))
-            if total == 0 and txn > whole[0]:
+            if total == 0 and txn > max(0, whole[0]):
                 whole = (txn, rows)
-            if txn > best[0]:
-                best = (txn, rows)
-    if whole[0] > 0:  # one transaction back, if that is all that is whole: its steps are taken again
-        certain = len(metas) == 2 or whole[0] > max(meta.txn for meta in metas)
-        return whole[1], whole[0] >= newest and certain
-    merged: dict[bytes, bytes] = {}
-    for _, rows in sorted(loose, key=lambda found: found[0]):
-        merged |= rows
-    # Versions never change; of the rest only what the best tree holds is not too old for sure.
-    kept = {key: value for key, value in merged.items() if key[:1] in (b"V", b"c", b"q", b"n", b"U")}
-    return {**kept, **best[1]}, False
+            if max(txn, said) > top[0]:
+                top = (max(txn, said), rows)
+    certain = len(metas) == 2 or whole[0] > max([0, *(meta.txn for meta in metas)])
+    if whole[0] >= max(newest, 1) and certain:
+        return whole[1], True
+    older = {key: value for key, value in whole[1].items() if key != b"a"}
+    return {**versions, **older, **top[1]}, False
 
 
 def _sealed_rows(found: Iterator[Item]) -> tuple[dict[bytes, bytes], int, int]:
