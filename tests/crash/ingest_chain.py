@@ -313,7 +313,8 @@ class Chain:
         letters = [letter.data for _, letter in ring.dead_letters(1_000_000)]
         broken = [sent for sent in self.lines if sent.broken]
         if self.shape.files:
-            _same("letters", "dead letters", letters, [sent.data for sent in broken][: len(letters)])
+            kept_of = broken[state.dead_first : state.dead_next]  # the oldest go when there are too many
+            _same("letters", "dead letters", letters, [sent.data for sent in kept_of])
             return
         kept = Counter(letters)
         for sent in broken:
