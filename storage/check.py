@@ -13,6 +13,7 @@ crash. What each kind of damage is caught by:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import os
@@ -28,7 +29,7 @@ import msgspec
 from storage.block import block_checksum, decode_blocks, verify_block
 from storage.dictionary import read_dictionary_file
 from storage.env import open_environment
-from storage.errors import CorruptBlockError, CorruptRingError, StorageError
+from storage.errors import CorruptBlockError, CorruptRingError, FormatTooNewError, StorageError
 from storage.folder import DataFolder
 from storage.pages import Item, Meta, PageFile, check_pages, items, newest_meta, read_metas
 from storage.registry import ActivePointer, AuditRow, UpdateRow, VersionRow
@@ -37,7 +38,15 @@ from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, block_key, seq_
 from storage.rows import sum_of, unseal
 from storage.windows import ClosedWindow, DeadLetter, QuarantineRow, RingHeader, RingState
 
-__all__ = ["Cure", "Problem", "check_folder", "check_registry", "check_ring", "quick_check"]
+__all__ = [
+    "Cure",
+    "Problem",
+    "check_folder",
+    "check_registry",
+    "check_ring",
+    "quick_check",
+    "read_header_row",
+]
 
 PIN_S = 0.1  # a live check holds a snapshot for so long, then lets the writer have its pages back
 Cure = Literal["rebuild", "quarantine", "none"]
@@ -97,8 +106,9 @@ def check_ring(folder: Path, *, live: bool, progress: Progress = lambda what, n:
         folder: The ring's folder.
         live: Whether its writer may be running. Then a read transaction keeps the pages of the snapshot
             that is looked at from being written again: retrying until nothing changed would never end
-            beside a busy writer. It is held for the walk and then for a tenth of a second at a time, and what spans the whole ring (the
-            sum of the blocks) is only checked if one such time was enough.
+            beside a busy writer. It is held for the walk over branches and leaves, then for a tenth of a
+            second at a time; what spans the whole ring (the sum of the blocks) is only checked if the first
+            such time was enough.
         progress: Told what is looked at and how much of it was.
     Returns: What is wrong.
     Raises: FormatTooNewError.
@@ -238,9 +248,24 @@ def read_rows(found: Iterator[Item], folder: Path) -> RingRows:
     return rows
 
 
+def read_header_row(data: bytes, folder: Path) -> RingHeader:
+    """Decode and check a header row; a newer format is only believed if the row's own check holds.
+
+    Raises: CorruptRingError, FormatTooNewError.
+    """
+    try:
+        return read_ring_header(data, folder)
+    except FormatTooNewError:
+        fields = msgspec.msgpack.decode(data)
+        found, fields["check"] = fields.get("check"), b""
+        if hashlib.blake2b(msgspec.msgpack.encode(fields), digest_size=8).digest() != found:
+            raise CorruptRingError("its header is damaged", path=folder) from None
+        raise
+
+
 def _take_row(rows: RingRows, key: bytes, data: bytes, folder: Path) -> None:
     if key == HEADER:
-        rows.header = read_ring_header(data, folder)
+        rows.header = read_header_row(data, folder)
         return
     if key == STATE:
         rows.state = msgspec.msgpack.decode(unseal(key, data), type=RingState)

@@ -203,8 +203,8 @@ def exhaustive(bases: dict[tuple[str, str], bytes]) -> Iterator[Damage]:
         with _opened(data) as file:
             meta = newest_meta(read_metas(file)[0])
             for item in items(file, meta.main.root, last_page=meta.last_page):
-                if item.key == b"s":
-                    places += range(item.at, item.at + item.size)
+                if item.key == b"s" or (item.key == b"H" and name[1] == "ring"):
+                    places += range(item.at - 8 - len(item.key), item.at + item.size)
                     places += range(item.page * PAGE, item.page * PAGE + 40)
         for pages in _pages_by_kind(data).values():
             places += (page * PAGE + i for page in pages[-2:] for i in range(20))
@@ -293,7 +293,9 @@ def _examine_ring(path: Path, plan: Plan, base: str) -> dict[str, Any]:
                 first = ring.state.next_seq
                 more = plan.samples(0, 2)
                 more.first_seq = first
-                ring._next_training = 1 << 60  # training a dictionary takes as long as all the rest
+                ring.dictionaries._next_training = (
+                    1 << 60
+                )  # training a dictionary takes as long as all the rest
                 ring.commit(_next_commit(ring, more))
             with _ring_of(data) as ring:
                 if ring.read(first, first + 2) != more:
