@@ -65,7 +65,7 @@ def stream(seed: int, count: int) -> list[Line]:
     rng = random.Random(seed)
     lines: list[Line] = []
     arrival = 1_000.0
-    for n in range(count):
+    for n in range(count - 1):
         arrival += rng.choice([0, 0, 0.2, 1, 1, 5])
         origin = Origin("site", rng.choice(["a", "b"]), arrival - rng.choice([0, 0, 0.5]))
         offset = rng.choice([n, rng.randrange(8), -1])
@@ -76,7 +76,8 @@ def stream(seed: int, count: int) -> list[Line]:
             )
             continue
         lines.append(Line(rng.choice((_text, _reading, _exchange, _other))(rng), offset, origin))
-    return lines
+    # One that is always kept: a tick may close a window that otherwise no later sample would.
+    return [*lines, Line(b'{"kind":"text","text":"the last"}', -1, Origin("site", "a", arrival))]
 
 
 def _text(rng: random.Random) -> bytes:
