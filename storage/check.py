@@ -33,7 +33,7 @@ from storage.errors import CorruptBlockError, CorruptRingError, FormatTooNewErro
 from storage.folder import DataFolder
 from storage.pages import Item, Meta, PageFile, check_pages, items, newest_meta, read_metas
 from storage.registry import ActivePointer, AuditRow, UpdateRow, VersionRow
-from storage.ring import read_ring_header
+from storage.ring_header import read_ring_header
 from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, block_key, seq_of
 from storage.rows import sum_of, unseal
 from storage.windows import ClosedWindow, DeadLetter, QuarantineRow, RingHeader, RingState

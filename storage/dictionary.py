@@ -1,12 +1,12 @@
 """The zstd dictionary of one install, trained on its own early blocks.
 
 Blocks of a few samples are too short to find repetitions in; a dictionary of what this site's samples look
-like stands in for them. It lies in the ring (a `Z` row, in every export) and a second time beside it, since
-without it the blocks that used it cannot be read:
+like stands in for them, until they are merged into long ones, which do without it. It lies in the ring (a `Z`
+row, in every export) and a second time beside it, since without it the short blocks cannot be read:
 
     row damaged or gone     the copy beside it is put back into the ring
     copy damaged or gone    written again from the row
-    both gone               the blocks that need it count as damaged (their hashes lie outside the
+    both gone               the newest, short blocks count as damaged (their hashes lie outside the
                             dictionary's reach, so dedup still knows them); a new one is trained
 """
 

@@ -15,8 +15,9 @@ from storage.block import BlockHeader, decode_block, encode_block, read_header, 
 from storage.build import blank_blocks, build_ring, newest_that_fit, quarantine_row
 from storage.durable import remove_folder, rename_durably
 from storage.errors import CorruptBlockError, StorageError
-from storage.ring import RING_FORMAT, Ring, read_ring_header
+from storage.ring import Ring
 from storage.ring_file import BLOCK, DamagedFileError, RingFileWriter, read_ring_file
+from storage.ring_header import RING_FORMAT, read_ring_header
 from storage.ring_writer import HEADER, STATE, U32, U64
 from storage.rows import rows_from
 from storage.walk import walk_blocks, walk_letters
@@ -123,7 +124,7 @@ def export_ring(ring: Ring, out: BinaryIO, progress: Progress = _no_progress) ->
         if piece.first_seq != expected:  # eviction overtook the export: what is before here is of no use
             first_seq, blocks, lost = piece.first_seq, 0, 0
         if piece.dictionary and (key := U32.pack(b"Z", piece.dictionary)) not in known:
-            if found := ring._dictionary(piece.dictionary):  # trained since the snapshot
+            if found := ring.dictionaries.find(piece.dictionary):  # trained since the snapshot
                 writer.row(key, found.data)
             known.add(key)
         if piece.damaged:
@@ -144,7 +145,7 @@ def export_ring(ring: Ring, out: BinaryIO, progress: Progress = _no_progress) ->
 
 def _snapshot(ring: Ring) -> tuple[RingState, bytes, dict[bytes, bytes]]:
     """The state, the header, and all rows that change in place, as of one moment."""
-    with ring._reading() as txn:
+    with ring.reading() as txn:
         state = ring._state_in(txn)
         rows = {key: value for prefix in _SMALL for key, value in rows_from(txn, prefix)}
         return state, bytes(txn.get(HEADER, b"")), rows
@@ -191,9 +192,9 @@ def _pieces(ring: Ring, state: RingState) -> Iterator[_Piece]:
 
 def _cut(ring: Ring, header: BlockHeader, block: bytes, first_seq: int, stop: int) -> _Piece:
     """The wanted part of a block that was merged since the snapshot."""
-    part = decode_block(block, ring._dictionary)[max(0, first_seq - header.first_seq) :]
+    part = decode_block(block, ring.dictionaries.find)[max(0, first_seq - header.first_seq) :]
     part = part[: stop - part.first_seq]
-    dictionary = ring._dictionary(header.dictionary) if header.dictionary else None
+    dictionary = ring.dictionaries.find(header.dictionary) if header.dictionary else None
     data = encode_block(part, header.tokenizer_id, header.arrival, dictionary, header.revision)
     return _Piece(part.first_seq, part.first_seq + len(part), data, header.dictionary)
 

@@ -45,7 +45,7 @@ from storage.registry import (
     VersionRow,
     first_rows,
 )
-from storage.ring import RING_FORMAT
+from storage.ring_header import RING_FORMAT
 from storage.ring_writer import U64
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingHeader, RingState
 

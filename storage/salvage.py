@@ -36,7 +36,7 @@ from storage.durable import (
 from storage.env import create_environment, open_environment
 from storage.errors import CorruptBlockError, StorageError, WriteFailedError
 from storage.pages import Item, Meta, PageFile, items, newest_meta, raw_items, read_metas, root_candidates
-from storage.ring import RING_FORMAT, first_rows
+from storage.ring_header import RING_FORMAT, first_rows
 from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, RingWriter, block_key, encode_runs
 from storage.rows import seal, sum_of, unseal
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, QuarantineRow, RingHeader, RingState

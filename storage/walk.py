@@ -36,7 +36,7 @@ def walk_blocks(
     while more and seq < stop:
         chunk: list[tuple[int, T]] = []
         size, until, more = 0, time.monotonic() + CHUNK_S, False
-        with ring._reading() as txn:
+        with ring.reading() as txn:
             for key, block in blocks_from(txn, seq):
                 if key >= stop:
                     break
@@ -60,7 +60,7 @@ def walk_letters(ring: Ring, number: int, stop: int) -> Iterator[tuple[bytes, by
     while more and number < stop:
         chunk: list[tuple[bytes, bytes]] = []
         size, more = 0, False
-        with ring._reading() as txn:
+        with ring.reading() as txn:
             for key, value in rows_from(txn, b"D", U64.pack(b"D", number)):
                 if size >= CHUNK_BYTES or U64.unpack(key)[1] >= stop:
                     more = size >= CHUNK_BYTES

@@ -171,7 +171,7 @@ import sys, time
 from pathlib import Path
 from storage.ring import Ring
 ring = Ring.open_reader(Path(sys.argv[1]))
-with ring._reading() as txn:
+with ring.reading() as txn:
     txn.get(b"H")
     print("inside", flush=True)
     time.sleep(600)

@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from storage.block import BLANK, HASH_BYTES, Samples
+from storage.block import BLANK, HASH_BYTES, BlockHeader, Samples, read_header
 from storage.dictionary import dictionary_file
 from storage.errors import CorruptRingError, FormatTooNewError
 from storage.ring import Commit, Ring
-from storage.ring_writer import SMALL_BLOCKS, STATE, U32, block_key, newest_blocks
+from storage.ring_writer import STATE, U32, block_key, newest_blocks
 from storage.rows import seal
 from storage.windows import OpenWindow
 
@@ -163,22 +163,30 @@ def block_sizes(ring: Ring) -> list[int]:
 
 
 def test_small_blocks_are_merged_and_nothing_else_changes(ring: Ring) -> None:
-    parts = [commit(ring, 3) for _ in range(SMALL_BLOCKS - 1)]
-    assert len(block_sizes(ring)) == SMALL_BLOCKS - 1
-    parts += [commit(ring, 3) for _ in range(30)]
-    assert len(block_sizes(ring)) < SMALL_BLOCKS
+    """Those inside the leaf page before it splits, then what became of them: never many small ones."""
+    parts = []
+    for _ in range(400):
+        parts.append(commit(ring, 3))
+        sizes = block_sizes(ring)
+        assert sum(size for size in sizes if size < 1_900) < 2_400
+        assert sum(size for size in sizes if size < 16_384) < 65_536
     whole = Samples.concat(parts)
     assert ring.read(0, len(whole) - 1) == whole
     assert ring.state.digest == whole.extend_digest(bytes(32))
-    assert ring.newest_hashes(1_000) == whole.hashes
+    assert ring.newest_hashes(2_000) == whole.hashes
     assert list(ring.check_blocks()) == []
+
+
+def newest_header(ring: Ring) -> BlockHeader:
+    with ring.reading() as txn:
+        return read_header(next(newest_blocks(txn))[1])
 
 
 def trained(ring: Ring) -> int:
     """Commit until the ring has a dictionary. Returns: its id."""
-    for _ in range(60):
+    for _ in range(120):
         commit(ring, 50)
-    (number,) = ring._dictionary_rows()
+    (number,) = ring.dictionaries.rows()
     return number
 
 
@@ -188,7 +196,7 @@ def test_a_dictionary_is_trained_on_the_early_blocks_and_makes_later_ones_smalle
     trained(ring)
     commit(ring, 20)
     assert block_sizes(ring)[0] < 0.8 * before
-    assert dictionary_file(ring.folder, *ring._dictionary_rows()).exists()
+    assert dictionary_file(ring.folder, *ring.dictionaries.rows()).exists()
 
 
 def test_a_dictionary_survives_the_loss_of_its_row_or_of_its_copy(tmp_path: Path, ring: Ring) -> None:
@@ -206,9 +214,11 @@ def test_a_dictionary_survives_the_loss_of_its_row_or_of_its_copy(tmp_path: Path
 
 
 def test_without_its_dictionary_a_block_is_lost_but_its_hashes_are_known(tmp_path: Path, ring: Ring) -> None:
-    """Row and copy gone: the blocks that need it become blanks, and a new dictionary is trained."""
+    """Row and copy gone: short blocks become blanks, long ones never needed it, a new one is trained."""
     number = trained(ring)
-    first = commit(ring, 20).first_seq
+    long, first = ring.read(0, 1_999), -1
+    while not newest_header(ring).dictionary:
+        first = commit(ring, 20).first_seq
     damage(ring, U32.pack(b"Z", number), 100)
     hashes = ring.newest_hashes(20)
     ring.close()
@@ -218,6 +228,7 @@ def test_without_its_dictionary_a_block_is_lost_but_its_hashes_are_known(tmp_pat
         assert any(row.first_seq <= first < row.first_seq + row.samples
                    for row in again.quarantine(tmp_path / "q"))  # fmt: skip
         assert again.newest_hashes(20) == hashes
+        assert again.read(0, 1_999) == long
         assert list(again.check_blocks()) == []
         assert trained(again) != number
 
