@@ -23,7 +23,7 @@ demo: install  ## learn from the streams that ship with the project, and print w
 test: install  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-torture: install  ## the crash suite whole: 20,000 power cuts, 5,000 kills (minutes; --states, --kills, --seed, --only)
+torture: install  ## the whole crash suite: 20,000 power cuts, 5,000 kills and more (ARGS=--help; ARGS="--states 500 --only ring")
 	$(BIN)/python -m tests.crash.torture $(ARGS)
 
 lint: install  ## ruff and mypy, as CI runs them

@@ -29,7 +29,7 @@ from tests.crash.recorder import load, record
 from tests.crash.recording import Recording
 from tests.crash.states import CrashState, CrashStates
 
-__all__ = ["Exploration", "Failure", "explore", "record_workload", "scratch_folder", "serve"]
+__all__ = ["REPOSITORY", "Exploration", "Failure", "explore", "record_workload", "scratch_folder", "serve"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 AUDIT_LIMIT_S = 60.0

@@ -1,4 +1,4 @@
-"""The whole crash suite: power cuts in 20,000 states and 5,000 kills, with counts of everything.
+"""The whole crash suite: 20,000 power cuts, 5,000 kills, failing calls and flipped bits, with counts.
 
     python -m tests.crash.torture --states 20000 --kills 5000 --seed 1
 
@@ -10,21 +10,22 @@ is one JSON object. Exit status 1 if anything failed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tests.crash.explore import Exploration, explore, record_workload, scratch_folder
+from tests.crash.explore import REPOSITORY, Exploration, explore, record_workload, scratch_folder
 from tests.crash.recorder import load, strace_problem
 from tests.crash.states import CrashStates
 
-__all__ = ["POWER_CUTS", "Part", "main", "parts"]
+__all__ = ["POWER_CUTS", "SWEEPS", "Part", "main", "parts"]
 
 STATES_A_RECORDING = 1_000
 PROGRESS_EVERY_S = 10.0
@@ -39,6 +40,7 @@ POWER_CUTS = {
     "workload_rebuild": 0.04,
     "workload_replace": 0.1,
 }
+SWEEPS = ("kills", "errors", "flips")
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,21 @@ class _Report:
     states: int = 0
     failures: int = 0
     by_workload: dict[str, int] = field(default_factory=dict)
-    kills: dict[str, Any] = field(default_factory=dict)
+    sweeps: dict[str, dict[str, int]] = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
     printed: float = field(default_factory=time.monotonic)
 
     def progress(self, found: Exploration) -> None:
         """One more state of a recording was audited."""
-        if time.monotonic() - self.printed < PROGRESS_EVERY_S:
-            return
-        self.printed = time.monotonic()
-        done, rate = self.states + found.states, (self.states + found.states) / (self.printed - self.begun)
-        failed = self.failures + len(found.failures)
-        print(f"  {done} states, {rate:.0f} a second, {failed} failures ({found.workload})", flush=True)
+        done, failed = self.states + found.states, self.failures + len(found.failures)
+        rate = done / max(time.monotonic() - self.begun, 1.0)
+        self.line(f"{done} states, {rate:.0f} a second, {failed} failures ({found.workload})")
+
+    def line(self, text: str) -> None:
+        """A line of progress, unless there was one a moment ago."""
+        if time.monotonic() - self.printed >= PROGRESS_EVERY_S:
+            self.printed = time.monotonic()
+            print(f"  {text}", flush=True)
 
     def add(self, found: Exploration) -> None:
         """A recording is done with."""
@@ -131,43 +136,59 @@ def _one_state(recording: Path, workload: str, seed: int, index: int) -> int:
     return 1 if found.failures else 0
 
 
-def _kill(report: _Report, kills: int, seed: int) -> None:
-    """The sweep of kills, once it is there."""
-    sweep = importlib.import_module("tests.crash.kills").sweep
-    counts = sweep(kills, seed, lambda text: print(f"  {text}", flush=True))
-    report.kills = {name: getattr(counts, name) for name in ("kills", "astray", "ended", "chains")}
-    report.failures += len(counts.violations)
-    for violation in counts.violations:
-        print(f"FAILED {violation}", flush=True)
+def _sweep(report: _Report, name: str, count: int, seed: int) -> None:
+    """One of the other sweeps: a module of this package whose `sweep` returns its counts."""
+    module = importlib.import_module(f"tests.crash.{name}")
+    counts = dataclasses.asdict(module.sweep(count, seed, report.line))
+    failures = [text for field_name in ("violations", "failures") for text in counts.get(field_name, [])]
+    report.sweeps[name] = {field_name: n for field_name, n in counts.items() if isinstance(n, int)}
+    report.failures += len(failures)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    words = ", ".join(f"{n} {field_name}" for field_name, n in report.sweeps[name].items())
+    print(f"{name} seed {seed}: {words}, {len(failures)} failures", flush=True)
+
+
+def _prepare_model() -> None:
+    """The tiny model that the sweeps run ingest with is made by the first test that needs it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/crash/test_kill.py"]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make torture", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--states", type=int, default=20_000, help="power-cut states to audit")
+    parser.add_argument("--kills", type=int, default=5_000, help="kills at write-like system calls")
+    parser.add_argument("--errors", type=int, default=500, help="write-like system calls that fail")
+    parser.add_argument("--flips", type=int, default=2_000, help="damaged bits")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="part of a workload's name, or kills, errors, flips")
+    parser.add_argument("--keep", type=Path, default=KEPT, help="where recordings of failures go")
+    parser.add_argument("--recording", type=Path, help="a kept recording: audit one state of it (--index)")
+    parser.add_argument("--index", type=int, default=0)
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run it. Returns: The exit status."""
-    parser = argparse.ArgumentParser(prog="make torture", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--states", type=int, default=20_000, help="power-cut states to audit")
-    parser.add_argument("--kills", type=int, default=5_000, help="kills at write-like system calls")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="'kills', or part of a workload's name")
-    parser.add_argument(
-        "--keep", type=Path, default=Path("crash-failures"), help="where recordings of failures go"
-    )
-    parser.add_argument("--recording", type=Path, help="a kept recording: audit one state of it (--index)")
-    parser.add_argument("--index", type=int, default=0)
-    args = parser.parse_args()
+    args = _parse()
     if args.recording:
         return _one_state(args.recording.resolve(), args.only, args.seed, args.index)
     if problem := strace_problem():
         print(f"cannot run here: {problem}", file=sys.stderr)
         return 1
     report = _Report()
-    if args.only != "kills":
+    if any(args.only in name for name in POWER_CUTS):
         _cut_power(report, args.states, args.seed, args.only, args.keep)
-    if args.only in {"", "kills"} and args.kills:
-        _kill(report, args.kills, args.seed)
+    sweeps = {name: getattr(args, name) for name in SWEEPS if args.only in name and getattr(args, name)}
+    if sweeps.keys() - {"flips"}:
+        _prepare_model()
+    for name, count in sweeps.items():
+        _sweep(report, name, count, args.seed)
     result = {
         "states": report.states,
         "states_by_workload": report.by_workload,
-        **report.kills,
+        **report.sweeps,
         "failures": report.failures,
         "seed": args.seed,
         "seconds": round(time.monotonic() - report.begun, 1),
