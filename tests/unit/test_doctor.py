@@ -1,0 +1,127 @@
+"""`doctor` on a data folder: what it finds offline and live, and what `--repair` makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import doctor
+from pipeline.doctor import Finding
+from storage.errors import LockHeldError
+from storage.folder import DataFolder
+from storage.opening import opened_ring
+from storage.pages import PageFile, items, newest_meta, read_metas
+from storage.registry import Registry
+from storage.ring_writer import block_key
+from tests.crash.plan import MAP_BYTES, SHARD, TOKENIZER, Plan
+
+PLAN = Plan(3, 12)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[DataFolder]:
+    folder = DataFolder.open(tmp_path / "data", create=True)
+    with opened_ring(folder, shard=SHARD, tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES) as ring:
+        for number in range(1, 13):
+            ring.commit(PLAN.commit(number))
+    Registry.open_or_create(folder.registry).close()
+    yield folder
+    folder.close()
+
+
+def config(data: DataFolder) -> Any:
+    """As much of a configuration as the data folder's part of doctor reads."""
+    return SimpleNamespace(data_dir=data.path, ring=SimpleNamespace(max_bytes=MAP_BYTES))
+
+
+def look(data: DataFolder) -> list[Finding]:
+    return list(doctor._folder(config(data)))
+
+
+def break_block(data: DataFolder, part: float = 0.5) -> int:
+    """Flip a bit in the third block. Returns: its first seq."""
+    path = data.ring / SHARD / "data.mdb"
+    first = PLAN.commit(4).samples.first_seq
+    with PageFile(path) as file:
+        meta = newest_meta(read_metas(file)[0])
+        rows = {item.key: item for item in items(file, meta.main.root, last_page=meta.last_page)}
+    found = max(
+        (key for key in rows if key[:1] == b"t" and key >= block_key(first)), key=lambda key: rows[key].size
+    )
+    flip(path, rows[found].at + int(rows[found].size * part))
+    return (1 << 64) - 1 - int.from_bytes(found[1:], "big")
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 4]))
+
+
+def wrong(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.level == "wrong"]
+
+
+def test_a_healthy_folder_at_rest_and_in_use_is_right(data: DataFolder) -> None:
+    assert {finding.level for finding in look(data)} == {"right"}
+    assert any("at rest" in finding.words for finding in look(data))
+    with data.lock(f"ingest-{SHARD}"):
+        findings = look(data)
+    assert {finding.level for finding in findings} == {"right"}
+    assert any("while Edgewater runs" in finding.words for finding in findings)
+
+
+def test_a_damaged_block_is_named_with_what_to_do(data: DataFolder) -> None:
+    seq = break_block(data)
+    (finding,) = wrong(look(data))
+    assert (finding.what, str(seq) in finding.words) == ("block", True)
+    assert "--repair" in finding.words
+
+
+def test_a_file_that_would_crash_lmdb_is_only_looked_at(data: DataFolder) -> None:
+    """The root page's first child is a page far outside of the file."""
+    path = data.ring / SHARD / "data.mdb"
+    with PageFile(path) as file:
+        meta = newest_meta(read_metas(file)[0])
+    with path.open("r+b") as file_:
+        file_.seek(meta.main.root * 4096 + 4096 - 60)
+        file_.write(b"\xff" * 60)
+    findings = wrong(look(data))
+    assert findings
+    assert all("--repair" in finding.words for finding in findings)
+
+
+def test_repair_puts_blanks_in_and_says_so(data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_block(data)
+    context: Any = SimpleNamespace(load=lambda *more, **options: config(data))
+    monkeypatch.setattr(doctor, "examine", lambda context: look(data))
+    data.close()
+    findings = doctor.repair(context)
+    assert findings[0].what == "repaired"
+    assert "are lost" in findings[0].words
+    assert wrong(findings) == []
+    assert any("were lost to damage" in finding.words for finding in findings)
+
+
+def test_repair_is_refused_while_ingest_runs(data: DataFolder) -> None:
+    context: Any = SimpleNamespace(load=lambda *more, **options: config(data))
+    with data.lock(f"ingest-{SHARD}"), pytest.raises(LockHeldError, match="stop it first"):
+        doctor.repair(context)
+
+
+def test_nothing_to_mend_is_said(data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    context: Any = SimpleNamespace(load=lambda *more, **options: config(data))
+    monkeypatch.setattr(doctor, "examine", lambda context: [])
+    assert [finding.words for finding in doctor.repair(context)] == ["there was nothing to mend"]
+
+
+def test_a_stray_file_is_a_warning(data: DataFolder) -> None:
+    (data.path / "notes.txt").write_text("mine")
+    findings = [finding for finding in look(data) if finding.level != "right"]
+    assert [(finding.level, finding.what) for finding in findings] == [("warning", "stray")]
