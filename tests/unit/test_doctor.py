@@ -16,7 +16,7 @@ from storage.folder import DataFolder
 from storage.opening import opened_ring
 from storage.pages import PageFile, items, newest_meta, read_metas
 from storage.registry import Registry
-from storage.ring_writer import block_key
+from storage.ring_writer import BLOCKS, seq_of
 from tests.crash.plan import MAP_BYTES, SHARD, TOKENIZER, Plan
 
 PLAN = Plan(3, 12)
@@ -42,18 +42,15 @@ def look(data: DataFolder) -> list[Finding]:
     return list(doctor._folder(config(data)))
 
 
-def break_block(data: DataFolder, part: float = 0.5) -> int:
-    """Flip a bit in the third block. Returns: its first seq."""
+def break_block(data: DataFolder) -> int:
+    """Flip a bit in the largest block. Returns: its first seq."""
     path = data.ring / SHARD / "data.mdb"
-    first = PLAN.commit(4).samples.first_seq
     with PageFile(path) as file:
         meta = newest_meta(read_metas(file)[0])
-        rows = {item.key: item for item in items(file, meta.main.root, last_page=meta.last_page)}
-    found = max(
-        (key for key in rows if key[:1] == b"t" and key >= block_key(first)), key=lambda key: rows[key].size
-    )
-    flip(path, rows[found].at + int(rows[found].size * part))
-    return (1 << 64) - 1 - int.from_bytes(found[1:], "big")
+        rows = list(items(file, meta.main.root, last_page=meta.last_page))
+    block = max((item for item in rows if item.key[:1] == BLOCKS), key=lambda item: item.size)
+    flip(path, block.at + block.size // 2)
+    return seq_of(block.key)
 
 
 def flip(path: Path, at: int) -> None:
