@@ -30,7 +30,7 @@ from storage.block import (
     decode_block,
     read_header,
 )
-from storage.env import create_environment, open_environment
+from storage.env import begin_read, create_environment, open_environment
 from storage.errors import (
     CorruptBlockError,
     CorruptRingError,
@@ -257,8 +257,9 @@ class Ring:
         """
         for damage in find_damages(self):
             yield damage.first_seq, damage.reason
-        if sum_of_blocks(self) != self.state.blocks_sum:
-            yield self.state.tail_seq, "a block is not the one that was written last"
+        state = self.read_state()
+        if sum_of_blocks(self) != state.blocks_sum:
+            yield state.tail_seq, "a block is not the one that was written last"
 
     def _check_rows(self) -> None:
         """Every row as it was sealed, and none lost. Raises: CorruptRingError."""
@@ -467,7 +468,7 @@ class Ring:
     def reading(self) -> Iterator[lmdb.Transaction]:
         if os.getpid() != self._pid:
             raise StorageError("used after a fork", path=self.folder, hint="spawn processes, never fork")
-        with self._env.begin(buffers=False) as txn:
+        with begin_read(self._env, self.folder) as txn:
             yield txn
 
     def _read_header(self) -> RingHeader:

@@ -46,7 +46,7 @@ class Damage(msgspec.Struct, frozen=True):
 
 def find_damages(ring: Ring) -> Iterator[Damage]:
     """Read every block and say which samples cannot be read; each block is copied out first."""
-    state = ring.state
+    state = ring.read_state()  # a reader that stays open has an older one
     expected = state.tail_seq
     last: tuple[int, str, bytes] | None = None  # a damaged block: where it ends, the next one tells
     for key, block in ring.copied_blocks():

@@ -101,7 +101,7 @@ def kill_ingest(
     counts = Counts(chains=1)
     with Chain(lives, model, work, shape) as chain:
         steps = chain.steps()
-        creations = rng.choice((0, 1, 3))
+        creations = 0 if shape.files else rng.choice((0, 1, 3))
         point: Point | None = None
         try:
             for number in range(limit):

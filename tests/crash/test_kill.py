@@ -6,11 +6,17 @@ A failure names the seed and the chain; `python -m tests.crash.kills --seed S --
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from storage.block import Samples
+from storage.ring import Commit, Ring
+from storage.windows import OpenWindow
 from tests.crash import ingest_chain, publish_chain
 from tests.crash.audit import Violation
 from tests.crash.ingest_chain import Chain, Shape
@@ -147,3 +153,26 @@ def test_a_lost_dedup_memory_is_noticed(ingests: Lives, tiny_model: Path, tmp_pa
         chain.live(None, again=20, cheat="forgetful")
         with pytest.raises(Violation):
             chain.audit()
+
+
+def test_a_reader_that_stays_open_checks_what_was_written_since(tmp_path: Path) -> None:
+    """The auditor's own tool: it once judged new blocks by the state that it had read when it was opened."""
+    folder, program = tmp_path / "main", "from tests.crash.test_kill import grow; grow({!r})"
+    command = [sys.executable, "-c", program.format(str(folder))]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    with Ring.open_reader(folder) as ring:
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+        assert (ring.state.next_seq, ring.read_state().next_seq) == (10, 20)
+        assert list(ring.check_blocks()) == []
+
+
+def grow(folder: str) -> None:
+    """Add ten samples to a ring, as a process of its own."""
+    with Ring.open_or_create(Path(folder), shard="main", tokenizer_id="0" * 16, max_bytes=1 << 20) as ring:
+        first = ring.state.next_seq
+        hashes = b"".join((first + i + 1).to_bytes(16, "big") for i in range(10))
+        samples = Samples(
+            first, ["s"] * 10, ["text"] * 10, [""] * 10, array("d", range(10)), array("I", [1] * 10),
+            array("I", range(10)), bytearray(b"\x01" * 10), hashes,
+        )  # fmt: skip
+        ring.commit(Commit(samples=samples, stream_time=1.0, window=OpenWindow(), counters={}))
