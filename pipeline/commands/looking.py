@@ -26,11 +26,17 @@ def status(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
 @click.command()
 @configured
 @with_json
-def doctor(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check everything that can be wrong; exit 1 if something is."""
-    from pipeline.doctor import examine, format_findings
+@click.option("--repair", "mend", is_flag=True,
+              help="First mend the data folder; refused while Edgewater runs on it.")  # fmt: skip
+def doctor(path: Path | None, overrides: tuple[str, ...], as_json: bool, mend: bool) -> None:
+    """Check everything that can be wrong; exit 1 if something is.
 
-    findings = examine(Context(path, overrides))
+    With --repair, a ring or registry that cannot be trusted is made anew of what is good in it, blank samples
+    take the place of damaged ones, and what was damaged is kept in the data folder's quarantine.
+    """
+    from pipeline.doctor import examine, format_findings, repair
+
+    findings = repair(Context(path, overrides)) if mend else examine(Context(path, overrides))
     say([finding.to_dict() for finding in findings], format_findings(findings), as_json)
     sys.exit(FAILED if any(finding.level == "wrong" for finding in findings) else DONE)
 

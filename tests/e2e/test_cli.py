@@ -182,6 +182,7 @@ def test_a_data_folder_that_cannot_be_written_exits_3(locked: str) -> None:
         ("trainer", ["train"]),
         ("admin", ["update"]),
         ("ingest-main", ["capture", "--out", "captures"]),
+        ("trainer", ["doctor", "--repair"]),
     ],
 )
 def test_a_second_instance_on_one_folder_exits_3(site: Path, role: str, verb: list[str]) -> None:
@@ -231,6 +232,26 @@ def test_a_replay_is_never_mixed_into_a_live_folder(site: Path) -> None:
     lines = site.parent / "events.jsonl"
     done = edgewater("replay", lines, "--into", site.parent / "data", "--no-updates", "--config", site)
     refused(done, 3, "holds a live stream", "choose an empty folder")
+
+
+def test_doctor_repairs_what_it_finds_damaged(site: Path) -> None:
+    """A block with a flipped bit: found, set aside, blank from then on, and nothing is wrong any more."""
+    assert edgewater("ingest", "--finite", "--config", site).returncode == 0
+    data = site.parent / "data" / "ring" / "main" / "data.mdb"
+    raw = bytearray(data.read_bytes())
+    raw[raw.rindex(b"EWB1") + 70] ^= 1
+    data.write_bytes(raw)
+    found = edgewater("doctor", "--config", site)
+    assert (found.returncode, "BAD " in found.stdout) == (1, True), found.stdout
+    folder = DataFolder.open(site.parent / "data", create=False)
+    with folder.lock("ingest-main"):
+        refused(edgewater("doctor", "--repair", "--config", site), 3, "another ingest-main process")
+    folder.close()
+    mended = edgewater("doctor", "--repair", "--config", site)
+    assert mended.returncode == 0, mended.stdout
+    assert "samples 0 to 0 are lost" in mended.stdout
+    assert json.loads(edgewater("ring", "info", "--json", "--config", site).stdout)["lost"] == 1
+    assert "was nothing to mend" in edgewater("doctor", "--repair", "--config", site).stdout
 
 
 def test_init_writes_a_configuration_that_is_right_and_overwrites_none(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_no_transaction_is_open_while_the_file_is_written(tmp_path: Path) -> Non
             return super().write(data)
 
     with grown(tmp_path / "a", 3) as ring:
-        with ring._reading():
+        with ring.reading():
             readers = str(ring._env.readers())
         assert readers.splitlines()[1].split()[-1] != "-"  # an open one would be seen
         export_ring(ring, Out())
@@ -335,7 +335,8 @@ def test_blocks_that_ingest_merges_meanwhile_are_exported_once(
 def test_a_dictionary_goes_with_the_blocks_that_need_it(tmp_path: Path) -> None:
     """And its copy lies beside the new ring too."""
     with readings(tmp_path / "a", 60) as ring:
-        (dictionary,) = ring._dictionaries.values()
+        dictionary = ring.dictionaries.newest
+        assert dictionary
         before, file = ring.read(0, ring.state.next_seq - 1), exported(ring)
     import_ring(file, tmp_path / "b", 4 << 20)
     (copy,) = (tmp_path / "b").glob("dictionary-*")
@@ -348,23 +349,31 @@ def test_a_dictionary_goes_with_the_blocks_that_need_it(tmp_path: Path) -> None:
 def test_a_dictionary_that_is_trained_meanwhile_goes_with_what_it_packs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks from before it are merged, and packed anew with it, before the export reaches them."""
+    """A block from before it is packed anew with it, since a subject in it is forgotten meanwhile."""
     monkeypatch.setattr("storage.walk.CHUNK_BYTES", 1)
-    with readings(tmp_path / "a", 48) as ring:
-        assert not ring._dictionaries
-        before, out, calls = ring.read(0, 959), io.BytesIO(), list[float]()
+    monkeypatch.setattr("storage.ring_writer.MERGES", ())  # long blocks do without a dictionary
+    with readings(tmp_path / "a", 20) as ring:
+        batch = samples(400, 20, 40)
+        batch.subjects[-1] = "crew-b"
+        ring.commit(Commit(samples=batch, stream_time=1e9, window=OpenWindow(), counters={}))
+        assert not ring.dictionaries.newest
+        before, out, calls = ring.read(0, 418), io.BytesIO(), list[float]()
 
         def go_on(share: float, words: str) -> None:
             calls.append(share)
             if len(calls) == 1:
-                readings_more(ring, 200)
+                readings_more(ring, 60)
+                assert ring.forget("crew-b") == 1
 
         export_ring(ring, out, go_on)
-        assert ring._dictionaries
+        dictionary = ring.dictionaries.newest
+        assert dictionary
     import_ring(out, tmp_path / "b", 4 << 20)
-    assert list((tmp_path / "b").glob("dictionary-*"))
+    (copy,) = (tmp_path / "b").glob("dictionary-*")
+    assert copy.read_bytes() == dictionary.data
     with Ring.open_reader(tmp_path / "b") as again:
-        assert again.read(0, 959) == before
+        assert again.read(0, 418) == before
+        assert again.read(419, 419).kinds == ["blank"]
         assert problems(again) == []
 
 
