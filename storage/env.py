@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import lmdb
 from storage.durable import fsync_folder, remove_folder
 from storage.errors import ForeignFolderError, StorageError, WriteFailedError
 
-__all__ = ["check_private", "create_environment", "open_environment"]
+__all__ = ["begin_read", "check_private", "create_environment", "open_environment"]
 
 MAX_READERS = 64
+SLOT_TRIES, SLOT_WAIT_S = 10, 0.1
 MIN_MAP_BYTES = 1 << 20
 _FILL_BYTES = 16 << 20
 
@@ -123,6 +125,25 @@ def open_environment(folder: Path, *, readonly: bool = False) -> lmdb.Environmen
             f"cannot be opened: {error}", path=folder, hint="run 'edgewater doctor'"
         ) from error
     return env
+
+
+def begin_read(env: lmdb.Environment, folder: Path) -> lmdb.Transaction:
+    """Begin a read transaction; where all reader slots are taken, free those of the dead, then wait a little.
+
+    Raises: StorageError if they stay taken.
+    """
+    for left in reversed(range(SLOT_TRIES)):
+        try:
+            return env.begin()
+        except lmdb.ReadersFullError as error:
+            if not left:
+                hint = "too many processes look at once: stop some of them"
+                raise StorageError(
+                    f"all {MAX_READERS} reader slots are in use", path=folder, hint=hint
+                ) from error
+            env.reader_check()
+            time.sleep(SLOT_WAIT_S)
+    raise AssertionError("the last try returns or raises")
 
 
 def _lmdb_open(folder: Path, map_bytes: int, *, readonly: bool) -> lmdb.Environment:

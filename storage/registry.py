@@ -31,7 +31,7 @@ from pathlib import Path
 import lmdb
 import msgspec
 
-from storage.env import create_environment, open_environment
+from storage.env import begin_read, create_environment, open_environment
 from storage.errors import (
     CorruptRingError,
     ForeignFolderError,
@@ -256,7 +256,7 @@ class Registry:
     def last_transaction(self) -> int:
         """Number of the newest transaction; unchanged means that nothing happened."""
         # Of a snapshot: the number in info() is of a commit that readers may not see yet.
-        with self._env.begin() as txn:
+        with begin_read(self._env, self.folder) as txn:
             return int(txn.id())
 
     @contextmanager
@@ -293,7 +293,7 @@ class Registry:
 
     def active(self) -> ActivePointer:
         """The active version."""
-        with self._env.begin() as txn:
+        with begin_read(self._env, self.folder) as txn:
             found = _get(txn, b"a")
         return msgspec.msgpack.decode(found, type=ActivePointer) if found else ActivePointer()
 
@@ -307,7 +307,7 @@ class Registry:
         return rows[max(0, len(rows) - newest) :]
 
     def _rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
-        with self._env.begin() as txn:
+        with begin_read(self._env, self.folder) as txn:
             return list(rows_from(txn, prefix))
 
     def _check_rows(self, txn: lmdb.Transaction) -> None:
@@ -321,7 +321,7 @@ class Registry:
             raise CorruptRingError("rows are lost", path=self.folder, hint="run 'edgewater doctor'")
 
     def _number(self, key: bytes) -> int:
-        with self._env.begin() as txn:
+        with begin_read(self._env, self.folder) as txn:
             found = _get(txn, key)
         return int(_U64.unpack(found)[0]) if found else 0
 

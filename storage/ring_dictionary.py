@@ -17,7 +17,7 @@ from storage.dictionary import (
     train,
     write_dictionary_file,
 )
-from storage.errors import CorruptBlockError, CorruptRingError
+from storage.errors import CorruptBlockError, CorruptRingError, RingFullError
 from storage.ring_writer import U32
 from storage.rows import unseal
 
@@ -105,8 +105,11 @@ class RingDictionaries:
         # 2. The row.                              From here blocks may name it.
         if dictionary is None or not self._write_copy(dictionary):
             return  # the ring goes on without it on a full disk, and tries again later
-        with self._ring.writing() as writer:
-            writer.rows.put(U32.pack(b"Z", dictionary.id), dictionary.data)
+        try:
+            with self._ring.writing() as writer:
+                writer.rows.put(U32.pack(b"Z", dictionary.id), dictionary.data)
+        except RingFullError:
+            return  # the commit before it stands; tried again when the ring holds twice as much
         self._known[dictionary.id] = dictionary
         log.info("trained the dictionary %08x on %d bytes", dictionary.id, sum(map(len, columns)))
 

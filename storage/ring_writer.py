@@ -38,6 +38,7 @@ __all__ = [
 HIGH_WATER = 0.75  # of the map: evict from here (deletes fail too once LMDB is full)
 LOW_WATER = 0.70  # and down to here, many blocks at a time: an eviction costs pages of its own
 REFUSE_WATER = 0.90
+MAX_TOKENS = 8 << 20  # of a block: 32 MiB as wide ids, well below what a reader refuses
 MAX_DEAD_LETTERS = 10_000
 MAX_WINDOW_ROWS = 4_096
 # Commits of a few samples leave small blocks, which are merged twice, each time when the newest ones below a
@@ -102,11 +103,16 @@ def encode_runs(
     dictionary: Dictionary | None,
     revision: int = 0,
 ) -> list[tuple[int, bytes]]:
-    """Samples as blocks by their first seq: one, but for a commit of more than 65,535."""
-    parts = [samples[i : i + MAX_SAMPLES] for i in range(0, len(samples), MAX_SAMPLES)]
-    return [
-        (part.first_seq, encode_block(part, tokenizer_id, arrival, dictionary, revision)) for part in parts
-    ]
+    """Samples as blocks by their first seq: one, but for a commit larger than a block may be."""
+    if not len(samples):
+        return []
+    if len(samples) > MAX_SAMPLES or len(samples.ids) > MAX_TOKENS:
+        half = len(samples) // 2
+        parts = (samples[:half], samples[half:])
+        return [
+            pair for part in parts for pair in encode_runs(part, tokenizer_id, arrival, dictionary, revision)
+        ]
+    return [(samples.first_seq, encode_block(samples, tokenizer_id, arrival, dictionary, revision))]
 
 
 class RingWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from array import array
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from storage.block import BLANK, HASH_BYTES, BlockHeader, Samples, read_header
+from storage.block import BLANK, HASH_BYTES, BlockHeader, Samples, decode_block, read_header
 from storage.dictionary import dictionary_file
-from storage.errors import CorruptRingError, FormatTooNewError
+from storage.env import MAX_READERS
+from storage.errors import CorruptRingError, FormatTooNewError, StorageError
 from storage.ring import Commit, Ring
-from storage.ring_writer import STATE, U32, block_key, newest_blocks
+from storage.ring_writer import STATE, U32, block_key, encode_runs, newest_blocks
 from storage.rows import seal
 from storage.windows import OpenWindow
 
@@ -265,3 +267,27 @@ def test_a_newer_ring_is_refused_and_left_alone(tmp_path: Path, ring: Ring) -> N
     with pytest.raises(FormatTooNewError, match="upgrade"):
         open_ring(tmp_path)
     assert (tmp_path / "ring" / "data.mdb").read_bytes() == before
+
+
+def test_a_ring_whose_reader_slots_are_all_taken_says_so_and_goes_on_later(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the writer does needs no slot."""
+    monkeypatch.setattr("storage.env.SLOT_WAIT_S", 0.0)
+    commit(ring, 1)
+    with contextlib.ExitStack() as readers:
+        for _ in range(MAX_READERS):
+            readers.enter_context(ring._env.begin())
+        with pytest.raises(StorageError, match="64 reader slots"):
+            ring.read_state()
+        commit(ring, 1)
+    assert ring.read_state().next_seq == 2
+
+
+def test_a_commit_larger_than_a_block_may_be_becomes_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = samples(0, 100)
+    monkeypatch.setattr("storage.ring_writer.MAX_TOKENS", 1_000)
+    runs = encode_runs(made, TOKENIZER, 1.0, None)
+    assert [first for first, _ in runs] == sorted(read_header(block).first_seq for _, block in runs)
+    assert all(read_header(block).tokens <= 1_000 for _, block in runs)
+    assert Samples.concat(decode_block(block) for _, block in runs) == made
