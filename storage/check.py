@@ -525,8 +525,8 @@ def _check_window_file(path: Path) -> Iterator[Problem]:
 
 
 _PARTS = {
-    "ring", "registry", "registry.v1", "versions", "updates", "accepted", "cache", "keys", "run", "quarantine", "exports",
-    "captures", "edgewater.json", "report.json", "replay.json", "lost+found",
+    "ring", "registry", "registry.v1", "versions", "updates", "accepted", "cache", "keys", "run",
+    "quarantine", "exports", "captures", "edgewater.json", "report.json", "replay.json", "lost+found",
 }  # fmt: skip
 
 
