@@ -94,6 +94,7 @@ class Trainer:
         self._progress = progress
         self._key = versions.SigningKey.open_or_create(folder.keys)
         self._rings: dict[str, Ring] = {}
+        self._files: dict[str, int] = {}  # shard -> inode of its data file
         self._digest = _settings_digest(manifest, settings)
 
     def recover(self) -> list[str]:
@@ -154,8 +155,16 @@ class Trainer:
         return sorted(p.name for p in self._folder.ring.iterdir() if "." not in p.name)
 
     def _ring(self, shard: str) -> Ring:
+        """The ring, opened again when a start of ingest put a rebuilt or migrated one into its place."""
+        folder = self._folder.ring / shard
+        try:
+            number = (folder / "data.mdb").stat().st_ino
+        except OSError as error:
+            raise StorageError("no data file here", path=folder, hint="ingest makes it") from error
+        if shard in self._rings and self._files.get(shard, number) != number:
+            self._rings.pop(shard).close()
         if shard not in self._rings:
-            self._rings[shard] = Ring.open_reader(self._folder.ring / shard)
+            self._rings[shard], self._files[shard] = Ring.open_reader(folder), number
         return self._rings[shard]
 
     def _current(self, shard: str) -> UpdateRow | None:

@@ -64,8 +64,9 @@ class Shape(msgspec.Struct, frozen=True):
 def shape_of(seed: int) -> Shape:
     """The shape that a seed chooses: half of them evict, one in seven reads files, half have a witness."""
     rng = random.Random(f"shape {seed}")
-    bulk = rng.choice((0, 4_000))
-    files = rng.random() < 0.15  # read in commits of up to 1 MiB, so both it and its ring are larger
+    # Files are read in commits of up to 1 MiB, a whole file before the next only while they are smaller.
+    files = rng.random() < 0.15
+    bulk = 0 if files else rng.choice((0, 4_000))
     return Shape(
         seed=seed,
         lines=rng.randint(3_000, 5_000)
@@ -120,6 +121,7 @@ class Chain:
         self.acked = 0
         self.began: list[int] = []  # the first line that each lifetime sent
         self._witness: Ring | None = None
+        self._witness_of = 0  # inode of its data file
         self._stack = ExitStack()
         self.data = work / "data"
         self._same = quiet if isinstance(quiet, Chain) else None
@@ -259,12 +261,16 @@ class Chain:
         if not folder.is_dir():
             _same("I1", "acknowledged lines without a ring", self.acked, 0)
             return RingState()
+        number = (folder / "data.mdb").stat().st_ino
+        if self._witness is not None and self._witness_of != number:
+            self._witness.close()  # of a ring that a start found damaged and put aside
+            self._witness = None
         with ExitStack() as stack:
             ring = self._witness
             if ring is None:
                 ring = Ring.open_reader(folder)
                 (self._stack if self.shape.witness else stack).callback(ring.close)
-                self._witness = ring if self.shape.witness else None
+                self._witness, self._witness_of = ring if self.shape.witness else None, number
             return self._audit(ring, ended)
 
     def _audit(self, ring: Ring, ended: bool) -> RingState:

@@ -287,3 +287,18 @@ def test_seeds_differ_by_seed_shard_and_window() -> None:
     seeds = {seed_of(seed, shard, window) for seed in (0, 1) for shard in ("a", "b") for window in (1, 2)}
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_ring_that_was_replaced_is_opened_again(site: Site) -> None:
+    """Ingest mends a damaged ring by putting another into its place: the old one would never change again."""
+    trainer = site.trainer()
+    trainer._rings.clear()
+    site.ring.close()
+    folder = site.folder.ring / "main"
+    assert trainer._ring("main") is trainer._ring("main")
+    folder.rename(folder.with_name("old.new"))
+    site.ring = Ring.create(folder, shard="main", tokenizer_id=site.manifest.tokenizer_id, max_bytes=1 << 20)
+    site.close_window()
+    site.ring.close()
+    assert [row.window for row in trainer._ring("main").windows()] == [1]
+    trainer.close()
