@@ -189,8 +189,11 @@ def _stated_txn(file: PageFile, meta: Meta) -> int | None:
     for item in items(file, meta.main.root, last_page=meta.last_page, depth=meta.main.depth, start=STATE):
         if item.key != STATE or item.value is None:
             return None
-        with contextlib.suppress(CorruptRingError, msgspec.MsgspecError, LookupError, TypeError):
-            return int(msgspec.msgpack.decode(unseal(STATE, item.value))["txn"])
+        with contextlib.suppress(CorruptRingError, msgspec.MsgspecError):
+            value = unseal(STATE, item.value)
+            with contextlib.suppress(msgspec.ValidationError):
+                return msgspec.msgpack.decode(value, type=_RegistryState).txn
+            return msgspec.msgpack.decode(value, type=RingState).txn
         return None
     return None
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import lmdb
 
-from storage.check import Problem, check_registry, quick_check
+from storage.check import Problem, check_registry, check_ring, quick_check
 from storage.durable import fsync_folder, make_private_folder
 from storage.env import check_private
 from storage.errors import StorageError
@@ -52,10 +52,11 @@ def opened_ring(data: DataFolder, *, shard: str, tokenizer_id: str, max_bytes: i
     folder, mark = data.ring / shard, data.run / f"ring-{shard}.open"
     mend_ring(data, shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
     unclean = mark.exists()
+    damaged = _damaged_blocks(folder) if unclean and folder.exists() else []
     _put_mark(mark)
     with Ring.open_or_create(folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes) as ring:
-        if unclean:
-            _quarantine(data, ring)
+        if damaged and not _quarantine(data, ring):
+            _alarm(data, str(damaged[0]))  # no block is damaged, but one is not the newest
         yield ring
     mark.unlink(missing_ok=True)  # after a clean end only: an exception leaves it
 
@@ -152,6 +153,14 @@ def repair(data: DataFolder) -> list[str]:
     return done
 
 
+def _damaged_blocks(folder: Path) -> list[Problem]:
+    """What the checksums of all blocks tell: 0.1 s for a million samples."""
+    started = time.monotonic()
+    found = [problem for problem in check_ring(folder, live=False) if problem.kind == "block"]
+    log.info("the last run did not end cleanly: read every block in %.2f s", time.monotonic() - started)
+    return found
+
+
 def _shards(data: DataFolder) -> set[str]:
     """Shards that have a ring, or half of a rebuilt one."""
     if not data.ring.is_dir():
@@ -161,12 +170,10 @@ def _shards(data: DataFolder) -> set[str]:
 
 def _quarantine(data: DataFolder, ring: Ring) -> list[str]:
     """Put blanks in place of damaged blocks, and say so."""
-    started = time.monotonic()
     words = [
         f"samples {row.first_seq} to {row.first_seq + row.samples - 1} are lost: {row.reason}"
         for row in ring.quarantine(data.path / "quarantine")
     ]
-    log.info("read every block in %.2f s", time.monotonic() - started)
     for line in words:
         _alarm(data, f"ring {ring.header.shard}: {line}")
     return words
