@@ -13,11 +13,11 @@ A commit is one transaction. It returns after LMDB's two flushes; only then may 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -166,23 +166,27 @@ class Ring:
             raise RingFullError(f"a commit of {incoming} bytes does not fit", path=self.folder, hint=hint)
         for left in reversed(range(TRIES)):
             try:
-                self._write(commit, blocks, incoming)
+                self._write(commit, blocks, incoming, merging=left == TRIES - 1)
                 break
             except RingFullError:
                 if not left:
                     raise
-                self._make_room(incoming)
+                with contextlib.suppress(RingFullError):
+                    self._make_room(incoming)
         self.dictionaries.train_once()
         return self.state
 
-    def _write(self, commit: Commit, blocks: Sequence[tuple[int, bytes]], incoming: int) -> None:
+    def _write(
+        self, commit: Commit, blocks: Sequence[tuple[int, bytes]], incoming: int, *, merging: bool
+    ) -> None:
         state, samples = self.state, commit.samples
         with self.writing() as writer:
             # Crash before the transaction's second flush: none of this happened. After: all of it.
             writer.make_room(incoming)
             for first_seq, block in blocks:
                 writer.put_block(first_seq, block)
-            writer.merge_small_blocks()
+            if merging:
+                writer.merge_small_blocks()
             writer.put_windows(commit.closed)
             for name, position in commit.positions.items():
                 writer.put_named(b"p", name, position)
@@ -434,7 +438,7 @@ class Ring:
                 f"an earlier commit failed: {self._dead}", path=self.folder, hint="reopen it"
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def writing(self) -> Iterator[RingWriter]:
         """One transaction: what the writer did and its state row, or nothing; then `state` is the new one."""
         try:
@@ -464,7 +468,7 @@ class Ring:
         newest = self.dictionaries.newest
         return encode_runs(samples, self.header.tokenizer_id, arrival, newest, revision)
 
-    @contextmanager
+    @contextlib.contextmanager
     def reading(self) -> Iterator[lmdb.Transaction]:
         if os.getpid() != self._pid:
             raise StorageError("used after a fork", path=self.folder, hint="spawn processes, never fork")

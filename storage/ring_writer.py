@@ -203,17 +203,17 @@ class RingWriter:
 
     def merge_small_blocks(self) -> None:
         """Make one block of the newest ones, where those below a size have come to enough bytes together."""
-        for small_bytes, enough_bytes in MERGES:
+        for small_bytes, merged_bytes in MERGES:
+            enough = min(merged_bytes, LARGEST_MERGE * self._map_bytes)
             run: list[tuple[int, bytes]] = []
             size = 0
             for first_seq, block in newest_blocks(self.txn):
-                if len(block) >= small_bytes:
+                if len(block) >= small_bytes or size >= enough:
                     break
                 run.append((first_seq, bytes(block)))
                 size += len(block)
-            if len(run) < 2 or size < min(enough_bytes, LARGEST_MERGE * self._map_bytes):
-                return  # what is not enough for the first merge does not change what the second sees
-            self._merge(run)
+            if len(run) > 1 and size >= enough:
+                self._merge(run)
 
     def _merge(self, run: list[tuple[int, bytes]]) -> None:
         try:
