@@ -26,6 +26,7 @@ from storage.block import BLANK, encode_blocks
 from storage.durable import fsync_folder, make_private_folder, remove_folder, write_file_durably
 from storage.errors import StorageError
 from storage.folder import DataFolder
+from storage.opening import open_ring_reader
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Ring
 from storage.windows import ClosedWindow
@@ -164,7 +165,7 @@ class Trainer:
         if shard in self._rings and self._files.get(shard, number) != number:
             self._rings.pop(shard).close()
         if shard not in self._rings:
-            self._rings[shard], self._files[shard] = Ring.open_reader(folder), number
+            self._rings[shard], self._files[shard] = open_ring_reader(folder), number
         return self._rings[shard]
 
     def _current(self, shard: str) -> UpdateRow | None:

@@ -134,7 +134,8 @@ def run_trainer(config: Config, *, lockstep: bool, reports: bool) -> None:
     """
     from adapters.model_folder import verify
     from adapters.trainer import Trainer
-    from storage.registry import Registry, UpdateRow
+    from storage.opening import open_registry
+    from storage.registry import UpdateRow
     from storage.wake import Waker
 
     def report(row: UpdateRow, told: dict[str, Any]) -> None:
@@ -147,7 +148,7 @@ def run_trainer(config: Config, *, lockstep: bool, reports: bool) -> None:
     with stop_on_signals() as stop, _locked(folder, "trainer"), contextlib.ExitStack() as stack:
         model = model_folder(config)
         manifest = verify(model, weights=True)
-        registry = stack.enter_context(Registry.open_or_create(folder.registry))
+        registry = stack.enter_context(open_registry(folder))
         waker = Waker(folder.run)
         stack.callback(waker.close)
         trainer = Trainer(

@@ -136,7 +136,7 @@ def check_ring(folder: Path, *, live: bool, progress: Progress = lambda what, n:
                 return problems
 
 
-def quick_check(folder: Path) -> list[Problem]:
+def quick_check(folder: Path, *, live: bool = False) -> list[Problem]:
     """Everything but the content of the blocks: that the ring can be opened by LMDB and its rows be trusted.
 
     Reads branch and leaf pages and the first header of each large value: 0.1 s for 100,000 values.
@@ -144,7 +144,7 @@ def quick_check(folder: Path) -> list[Problem]:
     """
     if not (folder / "data.mdb").exists():
         return [_missing(folder)]
-    with _snapshot(folder, live=False) as (file, meta, problems):
+    with _snapshot(folder, live=live) as (file, meta, problems):
         if meta is None:
             return problems
         return problems + _check_structure(file, meta, folder, lambda what, n: None)[1]
@@ -252,12 +252,15 @@ def read_rows(found: Iterator[Item], folder: Path) -> RingRows:
 
 
 def read_header_row(data: bytes, folder: Path) -> RingHeader:
-    """Decode and check a header row; a newer format is only believed if the row's own check holds.
+    """Decode and check a header row; another format is only believed if the row's own check allows it.
 
     Raises: CorruptRingError, FormatTooNewError.
     """
     try:
-        return read_ring_header(data, folder)
+        header = read_ring_header(data, folder)
+        if header.format < 1 or (header.format == 1 and header.check):  # format 1 had no check
+            raise CorruptRingError("its header is damaged", path=folder)
+        return header
     except FormatTooNewError:
         fields = msgspec.msgpack.decode(data)
         found, fields["check"] = fields.get("check"), b""

@@ -28,7 +28,7 @@ import lmdb
 from storage.check import Problem, check_registry, check_ring, quick_check
 from storage.durable import fsync_folder, make_private_folder
 from storage.env import check_private
-from storage.errors import StorageError
+from storage.errors import CorruptRingError, StorageError
 from storage.folder import DataFolder
 from storage.migrate import migrate_registry, migrate_ring
 from storage.registry import AuditRow, Registry
@@ -36,8 +36,10 @@ from storage.ring import Ring
 from storage.salvage import finish_rebuild, rebuild
 from storage.salvage_registry import rebuild_registry
 
-__all__ = ["open_registry", "opened_ring", "repair"]
+__all__ = ["open_registry", "open_ring_reader", "opened_ring", "repair"]
 
+REFUSED_S = 60.0
+_refused: dict[Path, float] = {}  # when a damaged ring may be looked at again
 log = logging.getLogger("edgewater.storage")
 
 
@@ -59,6 +61,20 @@ def opened_ring(data: DataFolder, *, shard: str, tokenizer_id: str, max_bytes: i
             _alarm(data, str(damaged[0]))  # no block is damaged, but one is not the newest
         yield ring
     mark.unlink(missing_ok=True)  # after a clean end only: an exception leaves it
+
+
+def open_ring_reader(folder: Path) -> Ring:
+    """The ring for reading beside its writer, unless its pages could end this process.
+
+    Raises: StorageError; for a minute after a look that found damage without looking again.
+    """
+    if time.monotonic() < _refused.get(folder, 0.0):
+        raise CorruptRingError("is damaged", path=folder, hint="restart ingest: it rebuilds it")
+    if problems := [problem for problem in quick_check(folder, live=True) if problem.cure == "rebuild"]:
+        _refused[folder] = time.monotonic() + REFUSED_S
+        log.error("%s; restart ingest: it rebuilds it", problems[0])
+        raise CorruptRingError(problems[0].words, path=folder, hint="restart ingest: it rebuilds it")
+    return Ring.open_reader(folder)
 
 
 def mend_ring(data: DataFolder, shard: str, *, tokenizer_id: str = "", max_bytes: int = 0) -> list[Problem]:

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -100,7 +99,7 @@ class Counts:
     """
 
     tried: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, int] = field(default_factory=dict)
     lost_samples: int = 0
     failures: list[str] = field(default_factory=list)
 
@@ -597,10 +596,11 @@ def _count(counts: Counts, damage: Damage, answer: dict[str, Any], report: Calla
         counts.failures.append(f"{damage}: {failure}")
         report(f"FAILED {counts.failures[-1]}")
     else:
-        counts.outcomes[f"{damage.file} {answer['outcome']}"] += 1
+        key = f"{damage.file} {answer['outcome']}"
+        counts.outcomes[key] = counts.outcomes.get(key, 0) + 1
         counts.lost_samples += answer["lost"]
     if counts.tried % 500 == 0:
-        report(f"{counts.tried} damages, {len(counts.failures)} failures, {dict(counts.outcomes)}")
+        report(f"{counts.tried} damages, {len(counts.failures)} failures, {counts.outcomes}")
 
 
 class _Worker:

@@ -17,9 +17,9 @@ import pytest
 from storage.block import Samples
 from storage.check import Problem, check_folder, check_ring, quick_check
 from storage.durable import remove_folder
-from storage.errors import FormatTooNewError
+from storage.errors import CorruptRingError, FormatTooNewError
 from storage.folder import DataFolder
-from storage.opening import mend_registry, open_registry, opened_ring, repair
+from storage.opening import mend_registry, open_registry, open_ring_reader, opened_ring, repair
 from storage.pages import PageFile, items, newest_meta, read_metas
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Ring
@@ -422,6 +422,19 @@ def test_a_newer_format_is_refused_and_left_alone(data: DataFolder) -> None:
     ):
         pass
     assert not (data.path / "quarantine").exists()
+
+
+def test_a_reader_is_kept_from_a_ring_that_could_end_its_process(data: DataFolder) -> None:
+    path = data.ring / "main" / "data.mdb"
+    open_ring_reader(data.ring / "main").close()
+    with PageFile(path) as file:
+        meta = newest_meta(read_metas(file)[0])
+    content = bytearray(path.read_bytes())
+    content[meta.main.root * PAGE + PAGE - 60 : (meta.main.root + 1) * PAGE] = b"\xff" * 60
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(CorruptRingError, match="restart ingest"):
+            open_ring_reader(data.ring / "main")
 
 
 # -- the registry -----------------------------------------------------------------------------------
