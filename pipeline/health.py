@@ -97,6 +97,11 @@ class IngestMetrics:
         for outcome in ("samples", "duplicates", "suppressed", "dead_letters"):
             events.add_metric([outcome], last.state.counters.get(outcome, 0))
         yield events
+        help_text = "Samples whose content is gone, by why"
+        gone = CounterMetricFamily("edgewater_blank_samples", help_text, labels=["reason"])
+        gone.add_metric(["damage"], last.state.lost)
+        gone.add_metric(["forgotten"], last.state.forgotten)
+        yield gone
         window = last.state.window
         yield GaugeMetricFamily("edgewater_open_window_samples", "Samples in the open window", window.samples)
         help_text = "Stream time less the clock, seconds: not 0 after the clock was moved"
