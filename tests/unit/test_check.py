@@ -23,7 +23,7 @@ from storage.opening import mend_registry, open_registry, open_ring_reader, open
 from storage.pages import PageFile, items, newest_meta, read_metas
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Ring
-from storage.ring_writer import block_key
+from storage.ring_writer import BLOCKS, seq_of
 from storage.salvage import finish_rebuild, rebuild
 from storage.windows import ClosedWindow, Commit, DeadLetter, OpenWindow
 
@@ -90,6 +90,14 @@ def places(path: Path) -> dict[bytes, tuple[int, int]]:
         return {i.key: (i.at, i.size) for i in items(file, meta.main.root, last_page=meta.last_page)}
 
 
+def a_block(path: Path) -> tuple[int, int, int, int]:
+    """One in the middle of the ring: its first seq, the one after its last, where it lies, its size."""
+    found = sorted((seq_of(key), *place) for key, place in places(path).items() if key[:1] == BLOCKS)
+    i = len(found) // 2
+    first, at, size = found[i]
+    return first, found[i + 1][0], at, size
+
+
 def damage(path: Path, at: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1 << bit
@@ -139,10 +147,10 @@ def test_a_check_beside_a_busy_writer_finds_nothing(data: DataFolder) -> None:
 
 def test_a_damaged_block_is_named_by_its_seq_and_can_be_quarantined(data: DataFolder) -> None:
     path = data.ring / "main" / "data.mdb"
-    at, size = places(path)[block_key(1400)]
+    seq, _, at, size = a_block(path)
     damage(path, at + size // 2)
     problem = the_one(check_ring(data.ring / "main", live=False), "block")
-    assert "1400" in problem.where
+    assert problem.where.endswith(f"seq {seq}")
     assert (problem.cure, quick_check(data.ring / "main")) == ("quarantine", [])
 
 
@@ -272,7 +280,7 @@ def test_a_ring_whose_tree_cannot_be_entered_loses_nothing(data: DataFolder, how
 
 def test_a_start_after_a_clean_end_reads_no_block_and_after_an_unclean_one_all(data: DataFolder) -> None:
     path = data.ring / "main" / "data.mdb"
-    at, size = places(path)[block_key(1400)]
+    seq, end, at, size = a_block(path)
     damage(path, at + size // 2)
     with opened_ring(data, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES) as ring:
         assert ring.quarantined() == []
@@ -282,9 +290,9 @@ def test_a_start_after_a_clean_end_reads_no_block_and_after_an_unclean_one_all(d
     ):
         raise KeyboardInterrupt
     with opened_ring(data, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES) as ring:
-        assert [(row.first_seq, row.samples) for row in ring.quarantined()] == [(1400, 700)]
-        assert set(ring.read(1400, 2099).kinds) == {"blank"}
-        assert ring.read(700, 1399) == samples(700, 700)
+        assert [(row.first_seq, row.samples) for row in ring.quarantined()] == [(seq, end - seq)]
+        assert set(ring.read(seq, end - 1).kinds) == {"blank"}
+        assert ring.read(end, end + 699).ids == samples(end, 700).ids
 
 
 class PowerCut(BaseException):
@@ -364,15 +372,14 @@ def test_forgotten_samples_do_not_come_back_from_free_pages(data: DataFolder) ->
             )
         )
         assert ring.forget("crew-b") == 600
-    where = places(path)
     with PageFile(path) as file:
         meta = newest_meta(read_metas(file)[0])
+        # Blocks sort from the newest to the oldest: the first at or before the seq holds it.
         leaf = next(
             item.page
             for item in items(file, meta.main.root, last_page=meta.last_page)
-            if item.key == block_key(first)
+            if item.key[:1] == BLOCKS and seq_of(item.key) <= first
         )
-    assert block_key(first) in where
     content = bytearray(path.read_bytes())
     content[leaf * PAGE : leaf * PAGE + PAGE] = bytes(PAGE)
     path.write_bytes(content)
@@ -499,7 +506,7 @@ def damage_in_place(path: Path, at: int) -> None:
 def test_repair_mends_all_and_a_second_one_finds_nothing(data: DataFolder) -> None:
     promoted(data)
     path = data.ring / "main" / "data.mdb"
-    at, size = places(path)[block_key(1400)]
+    _, _, at, size = a_block(path)
     damage(path, at + size // 2)
     at, size = places(path)[b"pfile-a"]
     damage(path, at + size // 2)
