@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import shutil
 import tempfile
 from array import array
 from pathlib import Path
@@ -20,6 +21,7 @@ from storage.errors import RingFullError
 from storage.registry import Registry, UpdateRow, UpdateState
 from storage.ring import Commit, Ring
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingState
+from tests.format_1 import write_format_1
 
 MAP_BYTES = 1 << 20
 TOKENIZER = "00112233aabbccdd"
@@ -227,6 +229,20 @@ class RingModel(RuleBasedStateMachine):
         del self.ring, self.registry
         gc.collect()  # a ring and its dictionaries know each other
         self.open()
+
+    @precondition(lambda self: self.ring.usage().live_bytes < MAP_BYTES // 2)
+    @rule()
+    def begin_as_format_1_and_migrate(self) -> None:
+        """A ring of the older format with the same content opens as this one, and keeps all of it."""
+        folder = write_format_1(self.ring, self.commits)
+        self.registry.close()
+        self.open()
+        assert folder.with_name("ring.v1").is_dir()
+        shutil.rmtree(folder.with_name("ring.v1"))
+        # Format 1 had no sums, knew no other clock and did not count what was forgotten.
+        new = self.ring.state
+        kept = {name: getattr(new, name) for name in ("txn", "rows_sum", "blocks_sum", "clock", "forgotten")}
+        self.state = msgspec.structs.replace(self.state, **kept)
 
     @precondition(lambda self: self.commits)
     @rule(data=st.data())
