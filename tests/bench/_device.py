@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,7 @@ def device(scratch: Path, size_bytes: int, options: str = "") -> Iterator[Device
         size_bytes: Of the image; sparse.
         options: For mount -o, beside the loop device.
     """
+    signal.signal(signal.SIGTERM, _stop)  # the default would leave mounts behind
     with tempfile.TemporaryDirectory(dir=scratch, prefix="edgewater-bench-") as work:
         image, folder = Path(work) / "image", Path(work) / "mounted"
         folder.mkdir()
@@ -87,6 +90,10 @@ def device(scratch: Path, size_bytes: int, options: str = "") -> Iterator[Device
                 _run("umount", "--lazy", str(folder))
         finally:
             _run("losetup", "--detach", loop)
+
+
+def _stop(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _run(*command: str) -> str:
