@@ -21,6 +21,7 @@ from storage.windows import ClockState, ClosedWindow, DeadLetter, RingState
 __all__ = ["CommitStep", "Committed"]
 
 LETTER_SHARE = 16  # the ring keeps dead letters of at most this part of its map
+SWEEPS = 20  # by age, in one age; merged blocks span as much: the old goes at most a tenth of the age late
 log = logging.getLogger("edgewater.commit")
 
 
@@ -74,6 +75,8 @@ class CommitStep:
         self._tick_s = tick_s
         self._relieve = relieve
         self._swept = ring.state.stream_time
+        if max_age_s:
+            ring.merge_span_s = max_age_s / SWEEPS
         self._live = False  # only there a moved clock is news: a replay only repeats it
         # Of every arrival and tick so far; those of a tick that wrote nothing are in no commit.
         self._now, self._clock = ring.state.stream_time, ring.state.clock
@@ -140,8 +143,8 @@ class CommitStep:
         self._now, self._clock = stream_time, clock
 
     def _evict_old(self, stream_time: float) -> None:
-        # Twenty sweeps an age: each costs a commit of its own, and none is needed more often.
-        if self._max_age_s and stream_time - self._swept > self._max_age_s / 20:
+        # Each costs a commit of its own, and none is needed more often.
+        if self._max_age_s and stream_time - self._swept > self._max_age_s / SWEEPS:
             self._swept = stream_time
             self._ring.evict_older_than(stream_time - self._max_age_s)
 

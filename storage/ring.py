@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,14 @@ log = logging.getLogger("edgewater.ring")
 
 
 class Ring:
-    """One shard's ring. One process writes; others read in short transactions."""
+    """One shard's ring. One process writes; others read in short transactions.
+
+    Attributes:
+        header: What it is.
+        state: As last committed; of a reader, as it was when it was opened.
+        merge_span_s: Stream time that merged commits may span, seconds; whoever evicts by age sets a part of
+            the age, because a block is evicted whole when the newest in it is old enough.
+    """
 
     def __init__(self, folder: Path, env: lmdb.Environment, *, readonly: bool) -> None:
         self.folder = folder
@@ -86,6 +94,7 @@ class Ring:
         self._readonly = readonly
         self._pid = os.getpid()
         self._dead = ""
+        self.merge_span_s = math.inf
         self.dictionaries = RingDictionaries(self)
         self.header = self._read_header()
         self.state = self.read_state()
@@ -186,7 +195,7 @@ class Ring:
             for first_seq, block in blocks:
                 writer.put_block(first_seq, block)
             if merging:
-                writer.merge_small_blocks()
+                writer.merge_small_blocks(self.merge_span_s)
             writer.put_windows(commit.closed)
             for name, position in commit.positions.items():
                 writer.put_named(b"p", name, position)

@@ -201,14 +201,20 @@ class RingWriter:
             self.blocks_sum ^= block_checksum(cursor.value())
             cursor.delete()
 
-    def merge_small_blocks(self) -> None:
-        """Make one block of the newest ones, where those below a size have come to enough bytes together."""
+    def merge_small_blocks(self, span_s: float) -> None:
+        """Make one block of the newest ones, where those below a size have come to enough bytes together.
+
+        Args:
+            span_s: Stream time that a merged block may span, seconds: age evicts it whole, by its newest.
+        """
         for small_bytes, merged_bytes in MERGES:
             enough = min(merged_bytes, LARGEST_MERGE * self._map_bytes)
             run: list[tuple[int, bytes]] = []
             size = 0
             for first_seq, block in newest_blocks(self.txn):
                 if len(block) >= small_bytes or size >= enough:
+                    break
+                if run and _arrival_of(run[0][1]) - _arrival_of(block) > span_s:
                     break
                 run.append((first_seq, bytes(block)))
                 size += len(block)

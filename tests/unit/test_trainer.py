@@ -118,6 +118,7 @@ def test_an_evicted_window_expires_and_the_next_one_is_claimed(site: Site) -> No
 
 def test_only_the_evicted_windows_of_a_merged_run_expire(site: Site) -> None:
     """What is still in the ring is learned, however much was due."""
+    site.ring.merge_span_s = 1.0
     for at in (1.0, 9.0, 9.0):
         site.close_window(at=at)
     site.ring.evict_older_than(5.0)
