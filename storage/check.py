@@ -13,7 +13,6 @@ crash. What each kind of damage is caught by:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
@@ -29,13 +28,13 @@ import msgspec
 from storage.block import block_checksum, decode_blocks, verify_block
 from storage.dictionary import read_dictionary_file
 from storage.env import open_environment
-from storage.errors import CorruptBlockError, CorruptRingError, FormatTooNewError, StorageError
+from storage.errors import CorruptBlockError, CorruptRingError, StorageError
 from storage.folder import DataFolder
 from storage.pages import Item, Meta, PageFile, check_pages, items, newest_meta, read_metas
-from storage.registry import ActivePointer, AuditRow, UpdateRow, VersionRow
+from storage.registry import REGISTRY_FORMAT, ActivePointer, AuditRow, UpdateRow, VersionRow
 from storage.ring_header import read_ring_header
 from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, block_key, seq_of
-from storage.rows import sum_of, unseal
+from storage.rows import open_header, sum_of, unseal
 from storage.windows import ClosedWindow, DeadLetter, QuarantineRow, RingHeader, RingState
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "check_registry",
     "check_ring",
     "quick_check",
-    "read_header_row",
 ]
 
 PIN_S = 0.1  # a live check holds a snapshot for so long, then lets the writer have its pages back
@@ -251,27 +249,9 @@ def read_rows(found: Iterator[Item], folder: Path) -> RingRows:
     return rows
 
 
-def read_header_row(data: bytes, folder: Path) -> RingHeader:
-    """Decode and check a header row; another format is only believed if the row's own check allows it.
-
-    Raises: CorruptRingError, FormatTooNewError.
-    """
-    try:
-        header = read_ring_header(data, folder)
-        if header.format < 1 or (header.format == 1 and header.check):  # format 1 had no check
-            raise CorruptRingError("its header is damaged", path=folder)
-        return header
-    except FormatTooNewError:
-        fields = msgspec.msgpack.decode(data)
-        found, fields["check"] = fields.get("check"), b""
-        if hashlib.blake2b(msgspec.msgpack.encode(fields), digest_size=8).digest() != found:
-            raise CorruptRingError("its header is damaged", path=folder) from None
-        raise
-
-
 def _take_row(rows: RingRows, key: bytes, data: bytes, folder: Path) -> None:
     if key == HEADER:
-        rows.header = read_header_row(data, folder)
+        rows.header = read_ring_header(data, folder)
         return
     if key == STATE:
         rows.state = msgspec.msgpack.decode(unseal(key, data), type=RingState)
@@ -464,7 +444,7 @@ def _check_registry_rows(found: Iterator[Item], meta: Meta, where: str) -> Itera
         assert item.value is not None
         try:
             if item.key == b"H":
-                header = isinstance(msgspec.msgpack.decode(item.value)["format"], int)
+                header = bool(open_header(item.value, REGISTRY_FORMAT, Path(where)))
                 continue
             value = unseal(item.key, item.value)
             if item.key == b"s":

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["forget"]
 
-FORGET_BYTES = 1 << 20  # blocks rewritten in one transaction
+# Blocks rewritten in one transaction, at most; their old pages come back two transactions later.
+FORGET_BYTES = 1 << 20
+FORGET_SHARE = 1 / 16  # of the map, for small rings
 
 
 class _Found(msgspec.Struct, frozen=True):
@@ -58,6 +60,6 @@ def _find(ring: Ring, subject: str, seq: int) -> tuple[list[_Found], int]:
         if gone:
             found.append(_Found(samples, gone, header.arrival, header.revision))
             size += len(data)
-            if size >= FORGET_BYTES:
+            if size >= min(FORGET_BYTES, FORGET_SHARE * ring.map_bytes):
                 return found, seq
     return found, ring.state.next_seq

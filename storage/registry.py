@@ -35,11 +35,10 @@ from storage.env import begin_read, create_environment, open_environment
 from storage.errors import (
     CorruptRingError,
     ForeignFolderError,
-    FormatTooNewError,
     StorageError,
     WriteFailedError,
 )
-from storage.rows import SealedRows, rows_from, seal, sum_of, unseal
+from storage.rows import SealedRows, open_header, rows_from, seal, seal_header, sum_of, unseal
 
 __all__ = [
     "ActivePointer",
@@ -179,6 +178,7 @@ class AuditRow(msgspec.Struct, frozen=True):
 
 class _Header(msgspec.Struct, frozen=True):
     format: int
+    check: bytes = b""
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -201,14 +201,10 @@ class Registry:
             found = txn.get(_HEADER)
             if found is None:
                 raise ForeignFolderError("is not a registry", path=folder, hint="check data_dir")
-            header = msgspec.msgpack.decode(found, type=_Header)
-            if header.format > REGISTRY_FORMAT:
-                raise FormatTooNewError(
-                    f"registry format {header.format} is too new", path=folder, hint="upgrade Edgewater"
-                )
-            if header.format < REGISTRY_FORMAT:
+            number = open_header(bytes(found), REGISTRY_FORMAT, folder)["format"]
+            if number < REGISTRY_FORMAT:
                 hint = "the next start of `edgewater run` brings it up to date"
-                raise StorageError(f"is of format {header.format}", path=folder, hint=hint)
+                raise StorageError(f"is of format {number}", path=folder, hint=hint)
             self._check_rows(txn)
 
     @classmethod
@@ -331,7 +327,7 @@ def first_rows(rows: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
     sealed = {key: seal(key, value) for key, value in rows.items()}
     total = functools.reduce(operator.xor, map(sum_of, sealed.values()), 0)
     state = msgspec.msgpack.encode(_State(1, total))
-    return {_HEADER: msgspec.msgpack.encode(_Header(REGISTRY_FORMAT)), **sealed, _STATE: seal(_STATE, state)}
+    return {_HEADER: seal_header(_Header(REGISTRY_FORMAT)), **sealed, _STATE: seal(_STATE, state)}
 
 
 def _state_in(txn: lmdb.Transaction, expected: int, folder: Path) -> _State:

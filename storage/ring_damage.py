@@ -96,7 +96,10 @@ def quarantine(ring: Ring, into: Path) -> list[QuarantineRow]:
         if row.samples:
             rows.append(row)
             log.error("samples %d to %d are lost: %s", row.first_seq, damage.end_seq - 1, row.reason)
-    if damages or sum_of_blocks(ring) != ring.state.blocks_sum:
+    whole = sum_of_blocks(ring) == ring.state.blocks_sum
+    if not whole and not damages:
+        log.error("a block of the ring %s is not the one that was written last", ring.folder)
+    if not whole:
         with ring.writing() as writer:
             writer.sum_blocks_anew()
     return rows

@@ -9,12 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import lmdb
+import msgspec
 
-from storage.errors import CorruptRingError
+from storage.errors import CorruptRingError, FormatTooNewError
 
-__all__ = ["SEAL_BYTES", "SealedRows", "rows_from", "seal", "sum_of", "unseal"]
+__all__ = [
+    "SEAL_BYTES",
+    "SealedRows",
+    "open_header",
+    "rows_from",
+    "seal",
+    "seal_header",
+    "sum_of",
+    "unseal",
+]
 
 SEAL_BYTES = 8
 
@@ -34,6 +46,38 @@ def unseal(key: bytes, data: bytes | memoryview) -> bytes:
     if data[-SEAL_BYTES:] != _seal_of(key, value):
         raise CorruptRingError(f"the row {key[:24]!r} is damaged", hint="run 'edgewater doctor'")
     return value
+
+
+def seal_header(header: msgspec.Struct) -> bytes:
+    """A header row: a map with a field `check`, the blake2b-64 of the map where that field is empty.
+
+    Inside the row, not behind it as in all others, and over whatever fields there are: every version of
+    Edgewater must be able to tell the format of any other's files from damage.
+    """
+    fields = msgspec.msgpack.decode(msgspec.msgpack.encode(header)) | {"check": b""}
+    return msgspec.msgpack.encode(fields | {"check": _digest(msgspec.msgpack.encode(fields))})
+
+
+def open_header(data: bytes, newest: int, folder: Path) -> dict[str, Any]:
+    """The fields of a header row, checked; of format 1, which had no check, as they are.
+
+    Args:
+        newest: The newest format that is known.
+    Raises: CorruptRingError, FormatTooNewError.
+    """
+    try:
+        fields = msgspec.msgpack.decode(data, type=dict[str, Any])
+        check = fields.get("check")
+        whole = check == _digest(msgspec.msgpack.encode(fields | {"check": b""}))
+        if whole and fields["format"] > newest:
+            words = f"format {fields['format']} is newer than {newest}"
+            raise FormatTooNewError(words, path=folder, hint="upgrade Edgewater")
+        if whole or (fields["format"] == 1 and check is None):
+            return fields
+        reason = "its check is wrong"
+    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError) as error:
+        reason = str(error)
+    raise CorruptRingError(f"its header is damaged: {reason}", path=folder, hint="run 'edgewater doctor'")
 
 
 def sum_of(data: bytes | memoryview) -> int:
@@ -100,5 +144,8 @@ class SealedRows:
 
 def _seal_of(key: bytes, value: bytes) -> bytes:
     # The key's length first: no two pairs of key and value read alike.
-    return hashlib.blake2b(b"".join((bytes([len(key) >> 8, len(key) & 255]), key, value)),
-                           digest_size=SEAL_BYTES).digest()  # fmt: skip
+    return _digest(b"".join((bytes([len(key) >> 8, len(key) & 255]), key, value)))
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=SEAL_BYTES).digest()

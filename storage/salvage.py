@@ -24,7 +24,6 @@ import lmdb
 import msgspec
 
 from storage.block import Samples, block_checksum, decode_block, verify_block
-from storage.check import read_header_row
 from storage.dictionary import Dictionary, read_dictionary_file, write_dictionary_file
 from storage.durable import (
     fsync_folder,
@@ -36,7 +35,7 @@ from storage.durable import (
 from storage.env import create_environment, open_environment
 from storage.errors import CorruptBlockError, StorageError, WriteFailedError
 from storage.pages import Item, Meta, PageFile, items, newest_meta, raw_items, read_metas, root_candidates
-from storage.ring_header import RING_FORMAT, first_rows
+from storage.ring_header import RING_FORMAT, first_rows, read_ring_header
 from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, RingWriter, block_key, encode_runs
 from storage.rows import seal, sum_of, unseal
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, QuarantineRow, RingHeader, RingState
@@ -247,7 +246,7 @@ def _walk(file: PageFile, folder: Path, found: Iterator[Item]) -> _Snapshot:
                 snapshot.blocks[block.first_seq] = block
                 snapshot.blocks_sum ^= block.checksum
             elif item.key == HEADER:
-                snapshot.header = read_header_row(item.value, folder)
+                snapshot.header = read_ring_header(item.value, folder)
             elif item.key == STATE:
                 snapshot.state = msgspec.msgpack.decode(unseal(STATE, item.value), type=RingState)
             else:
@@ -292,7 +291,7 @@ def _scan(file: PageFile, folder: Path) -> _Raw:
                     raw.blocks.append(_block_of(item))
                     raw.tokenizer_id = verify_block(item.value).tokenizer_id
                 elif item.key == HEADER:
-                    raw.header = read_header_row(item.value, folder)
+                    raw.header = read_ring_header(item.value, folder)
                 elif item.key == STATE:
                     state = msgspec.msgpack.decode(unseal(STATE, item.value), type=RingState)
                     raw.states.append((state, page))

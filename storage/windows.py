@@ -141,8 +141,7 @@ class RingHeader(msgspec.Struct, frozen=True):
         shard: Name of the shard.
         tokenizer_id: 16 hexadecimal digits; token ids mean nothing without it.
         dedup_key: Secret of the keyed dedup hashes, 32 bytes.
-        check: blake2b-64 of the row without it. Inside the row, not after it as in all others: any version of
-            Edgewater must be able to read the format of any other's ring.
+        check: What `storage.rows.seal_header` puts in; "" before.
     """
 
     format: int

@@ -23,6 +23,7 @@ from storage.errors import CorruptRingError, FormatTooNewError, LockHeldError, S
 from storage.folder import DataFolder
 from storage.registry import Registry, UpdateState
 from storage.ring import Ring
+from storage.rows import seal_header
 from storage.windows import Commit, OpenWindow
 from tests.unit.test_ring import samples
 
@@ -208,7 +209,7 @@ def test_a_ring_whose_state_is_gone_is_refused_and_left_alone(packed: bytes, tmp
 def test_a_newer_format_is_refused_and_left_alone(packed: bytes, tmp_path: Path) -> None:
     folder, _ = unpacked(packed, tmp_path, registry=False)
     with open_ring(folder) as ring:
-        header = msgspec.msgpack.encode(msgspec.structs.replace(ring.header, format=3))
+        header = seal_header(msgspec.structs.replace(ring.header, format=3))
         with ring._env.begin(write=True) as txn:
             txn.put(b"H", header)
     before = digest_of(folder.ring / "main")

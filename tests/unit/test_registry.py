@@ -182,15 +182,15 @@ def test_everything_is_there_after_reopening(registry: Registry) -> None:
 
 
 def test_what_is_no_registry_or_too_new_is_refused(tmp_path: Path) -> None:
-    import msgspec
-
     from storage.env import create_environment
+    from storage.registry import _Header
+    from storage.rows import seal_header
 
     (tmp_path / "run").mkdir()
     create_environment(tmp_path / "ring", 1 << 20, {})
     with pytest.raises(ForeignFolderError, match="not a registry"):
         Registry.open_reader(tmp_path / "ring")
-    create_environment(tmp_path / "new", 1 << 20, {b"H": msgspec.msgpack.encode({"format": 3})})
+    create_environment(tmp_path / "new", 1 << 20, {b"H": seal_header(_Header(3))})
     with pytest.raises(FormatTooNewError, match="upgrade"):
         Registry.open_or_create(tmp_path / "new")
 

@@ -17,8 +17,8 @@ from storage.env import MAX_READERS
 from storage.errors import CorruptRingError, FormatTooNewError, StorageError
 from storage.ring import Commit, Ring
 from storage.ring_writer import MERGES, STATE, U32, block_key, encode_runs, newest_blocks
-from storage.rows import seal
-from storage.windows import OpenWindow
+from storage.rows import seal, seal_header
+from storage.windows import OpenWindow, RingHeader
 
 TOKENIZER = "00112233aabbccdd"
 WORDS = [random.Random(i).choices(range(49_152), k=12) for i in range(30)]
@@ -261,11 +261,17 @@ def test_readers_are_seen_with_how_far_they_are_behind(tmp_path: Path, ring: Rin
     assert ring.clear_stale_readers() == 0
 
 
+def test_a_header_that_only_claims_to_be_newer_is_damage(tmp_path: Path, ring: Ring) -> None:
+    with ring._env.begin(write=True) as txn:
+        txn.put(b"H", msgspec.msgpack.encode(RingHeader(3, "main", TOKENIZER, b"", b"12345678")))
+    ring.close()
+    with pytest.raises(CorruptRingError, match="header"):
+        open_ring(tmp_path)
+
+
 def test_a_newer_ring_is_refused_and_left_alone(tmp_path: Path, ring: Ring) -> None:
     with ring._env.begin(write=True) as txn:
-        txn.put(
-            b"H", msgspec.msgpack.encode({"format": 3, "shard": "main", "tokenizer_id": "", "dedup_key": b""})
-        )
+        txn.put(b"H", seal_header(RingHeader(3, "main", TOKENIZER, b"")))
     ring.close()
     before = (tmp_path / "ring" / "data.mdb").read_bytes()
     with pytest.raises(FormatTooNewError, match="upgrade"):
