@@ -25,7 +25,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from adapters.recipe import Recipe
-from storage.block import Samples
+from storage.samples import Samples
 
 __all__ = [
     "HELD_OUT_FIFTHS",

@@ -22,13 +22,14 @@ from adapters.child import Ending, run_child
 from adapters.model_folder import ModelManifest
 from adapters.recipe import GateLimits, Recipe
 from adapters.update import RESULT_FILE, PastWindow, UpdateResult, UpdateTask, read_result
-from storage.block import BLANK, encode_blocks
+from storage.block import encode_blocks
 from storage.durable import fsync_folder, make_private_folder, remove_folder, write_file_durably
 from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.opening import open_ring_reader
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Ring
+from storage.samples import BLANK
 from storage.windows import ClosedWindow
 
 __all__ = ["MAX_FAILURES", "Trainer", "TrainerSettings", "seed_of"]

@@ -23,7 +23,8 @@ from adapters.batches import (
 )
 from adapters.model_folder import ModelManifest
 from adapters.recipe import Recipe
-from storage.block import Samples, decode_blocks
+from storage.block import decode_blocks
+from storage.samples import Samples
 
 __all__ = ["RowMaker", "StoredWindow", "WindowRows"]
 

@@ -17,7 +17,7 @@ import msgspec
 from pipeline.clock import HOLD_S
 from pipeline.events import Batch, Event, Exchange, Line, Reading, Text
 from pipeline.render import Deadband
-from storage.block import HASH_BYTES
+from storage.samples import HASH_BYTES
 
 __all__ = ["Dedup", "DedupMode", "SeenHashes"]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from storage.block import Samples
+from storage.samples import Samples
 from storage.windows import DeadLetter
 
 __all__ = [

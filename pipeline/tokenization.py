@@ -14,7 +14,7 @@ from fastokens import Tokenizer
 
 from adapters.model_folder import BaseModelError, ChatFormat, ModelManifest, replace_unencodable, verify
 from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading
-from storage.block import Samples
+from storage.samples import Samples
 
 __all__ = ["BatchTokenizer", "TokenizeStep"]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 
-from storage.block import Samples
 from storage.dictionary import Dictionary, write_dictionary_file
 from storage.durable import fsync_folder, remove_folder
 from storage.env import create_environment, open_environment
 from storage.ring_header import RING_FORMAT, first_rows
 from storage.ring_writer import U64, RingWriter, encode_runs
+from storage.samples import Samples
 from storage.windows import QuarantineRow, RingHeader, RingState
 
 __all__ = ["blank_blocks", "build_ring", "newest_that_fit", "quarantine_row", "room_for"]

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from storage.block import Samples, decode_block, read_header
+from storage.block import decode_block, read_header
 from storage.errors import CorruptBlockError
+from storage.samples import Samples
 
 if TYPE_CHECKING:
     from storage.ring import Ring

@@ -24,13 +24,7 @@ from pathlib import Path
 import lmdb
 import msgspec
 
-from storage.block import (
-    HASH_BYTES,
-    Samples,
-    block_hashes,
-    decode_block,
-    read_header,
-)
+from storage.block import block_hashes, decode_block, read_header
 from storage.env import begin_read, create_environment, open_environment
 from storage.errors import (
     CorruptBlockError,
@@ -59,6 +53,7 @@ from storage.ring_writer import (
     seq_of,
 )
 from storage.rows import rows_from, sum_of, unseal
+from storage.samples import HASH_BYTES, Samples
 from storage.windows import (
     ClosedWindow,
     Commit,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from storage.block import HASH_BYTES, Samples, block_checksum, block_hashes, decode_block, read_header
+from storage.block import block_checksum, block_hashes, decode_block, read_header
 from storage.durable import make_private_folder, write_file_durably
 from storage.errors import CorruptBlockError, MissingDictionaryError, StorageError
 from storage.ring_writer import U64, RingWriter, block_key
 from storage.rows import rows_from
+from storage.samples import HASH_BYTES, Samples
 from storage.windows import QuarantineRow
 
 if TYPE_CHECKING:

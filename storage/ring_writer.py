@@ -9,17 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import lmdb
 import msgspec
 
-from storage.block import (
-    MAX_SAMPLES,
-    Samples,
-    block_checksum,
-    decode_block,
-    encode_block,
-    read_header,
-)
+from storage.block import MAX_SAMPLES, block_checksum, decode_block, encode_block, read_header
 from storage.dictionary import Dictionary
 from storage.errors import CorruptBlockError, RingFullError
 from storage.rows import SealedRows, seal
+from storage.samples import Samples
 from storage.windows import ClosedWindow, DeadLetter, RingState
 
 __all__ = [

@@ -23,7 +23,7 @@ from pathlib import Path
 import lmdb
 import msgspec
 
-from storage.block import Samples, block_checksum, decode_block, verify_block
+from storage.block import block_checksum, decode_block, verify_block
 from storage.dictionary import Dictionary, read_dictionary_file, write_dictionary_file
 from storage.durable import (
     fsync_folder,
@@ -38,6 +38,7 @@ from storage.pages import Item, Meta, PageFile, items, newest_meta, raw_items, r
 from storage.ring_header import RING_FORMAT, first_rows, read_ring_header
 from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, RingWriter, block_key, encode_runs
 from storage.rows import seal, sum_of, unseal
+from storage.samples import Samples
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, QuarantineRow, RingHeader, RingState
 
 __all__ = ["SalvageReport", "finish_rebuild", "rebuild", "set_aside"]

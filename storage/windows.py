@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from storage.block import Samples
+from storage.samples import Samples
 
 __all__ = [
     "ClockState",

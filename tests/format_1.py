@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 import zstandard
 
-from storage.block import KINDS, Samples
 from storage.durable import remove_folder
 from storage.env import create_environment, open_environment
 from storage.ring import Ring
+from storage.samples import KINDS, Samples
 from storage.windows import ClosedWindow, DeadLetter, RingState
 
 __all__ = ["encode_block_1", "write_format_1"]

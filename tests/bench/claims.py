@@ -42,10 +42,10 @@ from pipeline.events import Batch, Line, Origin
 from pipeline.ingest import SHARD, IngestOptions, ingest
 from pipeline.rules import SourceRules
 from pipeline.tokenization import BatchTokenizer, TokenizeStep
-from storage.block import Samples
 from storage.errors import CorruptBlockError
 from storage.folder import DataFolder
 from storage.ring import Ring
+from storage.samples import Samples
 from storage.windows import ClosedWindow
 from tests.bench import _report
 from tests.bench._device import scratch_folder

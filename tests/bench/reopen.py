@@ -32,9 +32,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path as well as with -m
 
 # What tokenizes and what flows is imported where it is used: what this process maps would never be cold.
-from storage.block import HASH_BYTES, Samples
 from storage.folder import DataFolder
 from storage.ring import Commit, Ring
+from storage.samples import HASH_BYTES, Samples
 from storage.windows import OpenWindow
 from tests.bench import _report, _streams
 from tests.bench._device import scratch_folder

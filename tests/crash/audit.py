@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.block import HASH_BYTES, Samples
 from storage.check import check_registry, quick_check
 from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.opening import open_registry, opened_ring
 from storage.registry import Registry
 from storage.ring import Ring
+from storage.samples import HASH_BYTES, Samples
 from storage.windows import DeadLetter, RingState
 from tests.crash.plan import MAP_BYTES, SHARD, TOKENIZER, Moment, Plan
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from storage import registry as registry_module
-from storage.block import Samples
 from storage.check import check_folder
 from storage.errors import StorageError
 from storage.folder import DataFolder
@@ -34,6 +33,7 @@ from storage.opening import open_registry, opened_ring
 from storage.pages import PageFile, items, newest_meta, read_metas
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Ring
+from storage.samples import Samples
 from storage.windows import ClosedWindow, Commit, OpenWindow
 from tests.crash.plan import MAP_BYTES, SHARD, TOKENIZER, Moment, Plan
 

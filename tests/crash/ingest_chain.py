@@ -21,8 +21,8 @@ import msgspec
 
 from adapters.model_folder import token_bytes
 from pipeline.sources.files import FilePosition
-from storage.block import Samples
 from storage.ring import Ring
+from storage.samples import Samples
 from storage.windows import ClosedWindow, RingState
 from tests.crash.audit import Violation, check_contents, check_eviction
 from tests.crash.life_ingest import SOURCE, IngestLife, Sent, Traffic, hash_of, write_config

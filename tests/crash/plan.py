@@ -15,7 +15,7 @@ from array import array
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from storage.block import Samples
+from storage.samples import Samples
 from storage.windows import ClosedWindow, Commit, DeadLetter, OpenWindow
 
 __all__ = ["MAP_BYTES", "SHARD", "TOKENIZER", "Moment", "Plan", "say"]

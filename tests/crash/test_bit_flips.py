@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.block import Samples, decode_blocks, encode_blocks
+from storage.block import decode_blocks, encode_blocks
 from storage.errors import StorageError
+from storage.samples import Samples
 from tests.crash.flips import sweep
 
 TOKENIZER = "00112233aabbccdd"

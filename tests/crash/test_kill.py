@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.block import Samples
 from storage.ring import Commit, Ring
+from storage.samples import Samples
 from storage.windows import OpenWindow
 from tests.crash import ingest_chain, publish_chain
 from tests.crash.audit import Violation

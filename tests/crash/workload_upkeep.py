@@ -8,8 +8,8 @@ from pathlib import Path
 
 import lmdb
 
-from storage.block import Samples
 from storage.ring import Ring
+from storage.samples import Samples
 from tests.crash.audit import (
     Opened,
     Violation,

@@ -25,10 +25,10 @@ from typing import Any
 import msgspec
 import zstandard
 
-from storage.block import Samples
 from storage.folder import DataFolder
 from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Commit, Ring
+from storage.samples import Samples
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow
 
 TOKENIZER = "00112233aabbccdd"

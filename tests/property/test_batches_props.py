@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adapters.batches import SCORED, Row, deal_steps, held_out_indices, pack_rows, split_window
 from adapters.recipe import Recipe
-from storage.block import Samples
+from storage.samples import Samples
 
 BOS, NL = 1, 2
 token = st.integers(3, 500)

@@ -16,10 +16,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from storage.block import Samples, read_header
+from storage.block import read_header
 from storage.errors import RingFullError
 from storage.registry import Registry, UpdateRow, UpdateState
 from storage.ring import Commit, Ring
+from storage.samples import Samples
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingState
 from tests.format_1 import write_format_1
 

@@ -20,7 +20,7 @@ from adapters.batches import (
     take_tokens,
 )
 from adapters.recipe import Recipe, adapted_blocks
-from storage.block import Samples
+from storage.samples import Samples
 
 BOS, NL = 1, 9
 BOTH = SCORED | TRAINED

@@ -6,8 +6,9 @@ from array import array
 
 import pytest
 
-from storage.block import Samples, decode_block, decode_blocks, encode_block, encode_blocks
+from storage.block import decode_block, decode_blocks, encode_block, encode_blocks
 from storage.errors import CorruptBlockError
+from storage.samples import Samples
 
 TOKENIZER = "00112233aabbccdd"
 

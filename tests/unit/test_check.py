@@ -14,7 +14,6 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from storage.block import Samples
 from storage.check import Problem, check_folder, check_ring, quick_check
 from storage.durable import remove_folder
 from storage.errors import CorruptRingError, FormatTooNewError
@@ -25,6 +24,7 @@ from storage.registry import AuditRow, Registry, UpdateRow, UpdateState, Version
 from storage.ring import Ring
 from storage.ring_writer import BLOCKS, seq_of
 from storage.salvage import finish_rebuild, rebuild
+from storage.samples import Samples
 from storage.windows import ClosedWindow, Commit, DeadLetter, OpenWindow
 
 TOKENIZER = "00112233aabbccdd"

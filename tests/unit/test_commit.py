@@ -12,9 +12,9 @@ from pipeline.events import Batch, Line, Origin, Outcome
 from pipeline.sources.inbox import Inbox
 from pipeline.triggers import ThresholdTrigger
 from storage import ring
-from storage.block import Samples
 from storage.errors import RingFullError
 from storage.ring import Commit, Ring
+from storage.samples import Samples
 from storage.windows import ClockState, ClosedWindow, DeadLetter, RingState
 
 TOKENIZER = "00112233aabbccdd"

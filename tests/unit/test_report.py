@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from pipeline.report import build_report, format_report, write_report
-from storage.block import Samples
 from storage.folder import DataFolder
 from storage.registry import Registry, UpdateRow, UpdateState, VersionRow
 from storage.ring import Commit, Ring
+from storage.samples import Samples
 from storage.windows import OpenWindow
 
 RESULT = {

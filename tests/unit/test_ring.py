@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.block import Samples
 from storage.errors import ForeignFolderError, RingFullError, StorageError
 from storage.ring import Commit, Ring
+from storage.samples import Samples
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow
 
 TOKENIZER = "00112233aabbccdd"

@@ -11,13 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from storage.block import BLANK, HASH_BYTES, BlockHeader, Samples, decode_block, read_header
+from storage.block import BlockHeader, decode_block, read_header
 from storage.dictionary import dictionary_file
 from storage.env import MAX_READERS
 from storage.errors import CorruptRingError, FormatTooNewError, StorageError
 from storage.ring import Commit, Ring
 from storage.ring_writer import MERGES, STATE, U32, block_key, encode_runs, newest_blocks
 from storage.rows import seal, seal_header
+from storage.samples import BLANK, HASH_BYTES, Samples
 from storage.windows import OpenWindow, RingHeader
 
 TOKENIZER = "00112233aabbccdd"

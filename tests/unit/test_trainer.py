@@ -14,13 +14,14 @@ from adapters import versions
 from adapters.model_folder import load_manifest
 from adapters.recipe import GateLimits, Recipe
 from adapters.trainer import MAX_FAILURES, Trainer, TrainerSettings, seed_of
-from storage.block import Samples, encode_block
+from storage.block import encode_block
 from storage.errors import StorageError
 from storage.folder import DataFolder
 from storage.registry import Registry, UpdateRow, UpdateState
 from storage.ring import Commit, Ring
 from storage.ring_writer import STATE, block_key
 from storage.rows import seal
+from storage.samples import Samples
 from storage.windows import ClosedWindow, OpenWindow
 
 RECIPE = Recipe(max_steps=2, row_tokens=64)

@@ -33,7 +33,8 @@ from adapters.update import (
     main,
     read_result,
 )
-from storage.block import Samples, encode_blocks
+from storage.block import encode_blocks
+from storage.samples import Samples
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Recipe(row_tokens=64, step_tokens=256, max_steps=30, learning_rate=5e-3)
