@@ -87,6 +87,7 @@ class Ring:
         self.folder = folder
         self._env = env
         self._readonly = readonly
+        self._page_bytes = int(env.stat()["psize"])
         self._pid = os.getpid()
         self._dead = ""
         self.merge_span_s = math.inf
@@ -445,14 +446,11 @@ class Ring:
     @contextlib.contextmanager
     def writing(self) -> Iterator[RingWriter]:
         """One transaction: what the writer did and its state row, or nothing; then `state` is the new one."""
+        used = (self._env.info()["last_pgno"] + 1) * self._page_bytes
         try:
             with self._env.begin(write=True, buffers=True) as txn:
                 writer = RingWriter(
-                    txn,
-                    self.state,
-                    self.map_bytes,
-                    self._encode,
-                    self.dictionaries.find,
+                    txn, self.state, self.map_bytes, self._encode, self.dictionaries.find, used
                 )
                 yield writer
                 state = writer.finish(writer.state)

@@ -18,7 +18,6 @@ from storage.windows import ClosedWindow, DeadLetter, RingState
 
 __all__ = [
     "HIGH_WATER",
-    "LOW_WATER",
     "RingWriter",
     "block_key",
     "blocks_from",
@@ -29,17 +28,23 @@ __all__ = [
     "seq_of",
 ]
 
-HIGH_WATER = 0.75  # of the map: evict from here (deletes fail too once LMDB is full)
-LOW_WATER = 0.70  # and down to here, many blocks at a time: an eviction costs pages of its own
+HIGH_WATER = 0.75  # of the map: what the ring fills before it evicts (deletes fail too once LMDB is full)
 REFUSE_WATER = 0.90
+# Free pages between what is live and the highest page ever used. LMDB writes the list of them anew with every
+# commit: with 5 % of the map evicted at a time that took 2 to 20 pages a commit, with so few it takes one.
+# Where no run of them is long enough for a large block it takes new pages, and the pool grows by those.
+POOL_BYTES = 256 << 10
+POOL_SHARE = 1 / 16  # of the map, for small rings
+FULLEST = 0.85  # of the map: live bytes are never more, however far the highest page has come
 MAX_TOKENS = 8 << 20  # of a block: 32 MiB as wide ids, well below what a reader refuses
 MAX_DEAD_LETTERS = 10_000
 MAX_WINDOW_ROWS = 4_096
 # Commits of a few samples leave small blocks, which are merged twice, each time when the newest ones below a
 # size have come to so many bytes together. First those that lie inside the leaf page, before it would split;
-# then what became of them, so that the tree stays at two levels and 40 bytes a reading become 28. Both are
-# sizes as stored. (tests/bench/flash.py: 27 KB a commit of 20 readings without, 19 with.)
-MERGES = ((1_900, 2_400), (16_384, 65_536))
+# then what became of them, so that the tree stays at two levels and 48 bytes a reading become 28. A run of
+# more pages would be hard to find among the free ones: LMDB then looks through all of them, and writes the
+# list of all of them with every commit (blocks of 64 KiB: 26 KB a commit of 20 readings instead of 18).
+MERGES = ((1_900, 2_400), (8_192, 32_768))
 LARGEST_MERGE = 1 / 32  # of the map, for small rings
 STATE, HEADER, BLOCKS = b"s", b"H", b"t"
 _LAST_SEQ = 2**64 - 1
@@ -118,6 +123,7 @@ class RingWriter:
         map_bytes: Size of the file.
         encode: `encode_runs` for this ring.
         dictionaries: Finds any dictionary by its id.
+        used_bytes: Of the file, up to the highest page that was ever used.
     """
 
     def __init__(
@@ -127,12 +133,13 @@ class RingWriter:
         map_bytes: int,
         encode: Callable[..., list[tuple[int, bytes]]],
         dictionaries: Callable[[int], Dictionary | None],
+        used_bytes: int = 0,
     ) -> None:
         self.txn = txn
         self.state = state
         self.rows = SealedRows(txn, state.rows_sum)
         self.blocks_sum = state.blocks_sum
-        self._map_bytes = map_bytes
+        self._map_bytes, self._used_bytes = map_bytes, used_bytes
         self.encode = encode
         self._dictionaries = dictionaries
 
@@ -172,12 +179,13 @@ class RingWriter:
             self.blocks_sum ^= block_checksum(block)
 
     def make_room(self, incoming: int) -> None:
-        """Evict above the high-water mark, down to the low one.
+        """Evict the oldest blocks where the free pages would become too few.
 
         Raises: RingFullError if other rows than blocks fill the ring, before it is full: then deletes fail.
         """
-        if live_bytes(self.txn) + incoming > HIGH_WATER * self._map_bytes:
-            self.evict_down_to(int(LOW_WATER * self._map_bytes) - incoming)
+        used = min(max(HIGH_WATER * self._map_bytes, self._used_bytes), FULLEST * self._map_bytes)
+        pool = min(POOL_BYTES, POOL_SHARE * self._map_bytes)
+        self.evict_down_to(int(used - pool - incoming))
         if live_bytes(self.txn) + incoming > REFUSE_WATER * self._map_bytes:
             raise RingFullError("rows other than blocks fill the ring", hint="raise ring.max_bytes")
 

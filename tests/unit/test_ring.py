@@ -10,6 +10,7 @@ import pytest
 
 from storage.errors import ForeignFolderError, RingFullError, StorageError
 from storage.ring import Commit, Ring
+from storage.ring_writer import FULLEST
 from storage.samples import Samples
 from storage.windows import ClosedWindow, DeadLetter, OpenWindow
 
@@ -81,7 +82,7 @@ def test_the_file_never_grows_and_the_newest_samples_stay(tmp_path: Path) -> Non
             commit(ring, 100, tokens=150)
         assert (data.stat().st_size, data.stat().st_blocks) == (size, blocks)
         assert 0 < ring.state.tail_seq < ring.state.next_seq == 40_000
-        assert ring.usage().live_bytes <= 0.76 * size
+        assert ring.usage().live_bytes <= FULLEST * size
         assert [problem for _, problem in ring.check_blocks() if problem] == []
         assert len(ring.read(ring.state.tail_seq, 39_999)) == 40_000 - ring.state.tail_seq
         with pytest.raises(LookupError):
