@@ -150,7 +150,7 @@ def repair(data: DataFolder) -> list[str]:
     done: list[str] = []
     with contextlib.ExitStack() as stack:
         shards = sorted(_shards(data))
-        for role in (*(f"ingest-{shard}" for shard in shards), "trainer", "server"):
+        for role in (*(f"ingest-{shard}" for shard in sorted({"main", *shards})), "trainer", "server"):
             stack.enter_context(data.lock(role))
         for problem in mend_registry(data):
             done.append(f"rebuilt the registry: {problem.words}")

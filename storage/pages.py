@@ -378,7 +378,7 @@ class _Walk:
                     self.branch_pages += 1
                     continue
                 self._check_keys(number, [node[0] for node in nodes], low, high)
-                self._check_values(number, data, nodes)
+                nodes = [node for node in nodes if self._whole_value(number, data, node)]
             except _DamagedError as error:
                 self.note(error.page, error.words)
                 continue
@@ -429,13 +429,23 @@ class _Walk:
         if keys and ((low is not None and keys[0] < low) or (high is not None and keys[-1] >= high)):
             raise _DamagedError(number, "keys that belong on another page")
 
-    def _check_values(self, number: int, data: bytes, nodes: list[_Node]) -> None:
-        for _, size, flags, at in nodes:
-            if flags:
-                (first,) = _NUMBER.unpack_from(data, at)
-                pages = _overflow(self.file, first, size, self.last_page, number)
-                self._take(first, pages)
-                self.overflow_pages += pages
+    def _whole_value(self, number: int, data: bytes, node: _Node) -> bool:
+        """Whether a value lies in the leaf or in a whole run of pages; only one that does not is left out."""
+        _, size, flags, at = node
+        if not flags:
+            return True
+        (first,) = _NUMBER.unpack_from(data, at)
+        try:
+            pages = _overflow(self.file, first, size, self.last_page, number)
+            self._take(first, pages)
+        except _DamagedError as error:
+            self.note(error.page, error.words)
+            return False
+        except OSError as error:  # a bad sector
+            self.note(first, f"cannot be read: {error.strerror}")
+            return False
+        self.overflow_pages += pages
+        return True
 
 
 def check_pages(

@@ -111,7 +111,7 @@ def test_the_smallest_ring_takes_whatever_one_batch_can_bring(
         if long_lines in kinds:
             assert ring.state.tail_seq > 0, "it was full enough to evict"
             held = ring.usage()
-            assert held.live_bytes <= 0.8 * SMALLEST
+            assert held.live_bytes <= 0.86 * SMALLEST
 
 
 def test_noise_is_not_much_larger_in_the_ring_than_it_was(tiny_model: Path, tmp_path: Path) -> None:
