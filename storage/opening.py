@@ -216,6 +216,8 @@ def _used_numbers(data: DataFolder, shard: str) -> tuple[int, int]:
 def _alarm(data: DataFolder, words: str) -> None:
     """An error in the log, and a row in the registry's audit if it can be opened."""
     log.error("%s", words)
+    if data.registry.exists() and check_registry(data.registry, live=_in_use(data.registry)):
+        return  # LMDB is not let near it before it is mended
     row = AuditRow(time.time(), "storage", "damage", words[:1000])
     with (
         contextlib.suppress(StorageError, lmdb.Error),
