@@ -78,6 +78,7 @@ class Report(msgspec.Struct, kw_only=True):
     duplicates: int = 0
     suppressed: int = 0
     dead_letters: int = 0
+    lost: int = 0
     ring_digest: str = ""
     open_window_samples: int = 0
     windows: list[WindowReport] = []
@@ -107,6 +108,8 @@ def format_report(report: Report) -> str:
         f"{report.events:,} events: {report.samples:,} samples, {report.duplicates:,} duplicates, "
         f"{report.suppressed:,} suppressed, {report.dead_letters:,} dead letters",
     ]
+    if report.lost:
+        lines.append(f"{report.lost:,} samples were lost to damage and are blank: see `edgewater doctor`")
     if report.windows:
         lines += ["", *_table(report)]
     if report.versions:
@@ -127,6 +130,7 @@ def _report(state: RingState, rows: list[UpdateRow], versions: list[VersionRow],
         duplicates=counters.get("duplicates", 0),
         suppressed=counters.get("suppressed", 0),
         dead_letters=counters.get("dead_letters", 0),
+        lost=state.lost,
         ring_digest=state.digest.hex(),
         open_window_samples=state.window.samples,
         windows=[_window(row) for row in rows],

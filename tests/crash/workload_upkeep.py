@@ -86,12 +86,19 @@ class _Expected:
         self.forgotten, self.forgotten_to = int(forget[3]), int(forget[4])
         self._plan = plan
 
-    def samples(self, first_seq: int, last_seq: int, forgotten: bool) -> Samples:
+    def forgotten_before(self, tail_seq: int, forgotten: int) -> int:
+        """The seq up to which the subject is forgotten: oldest first, whole blocks at a time."""
+        if forgotten == self.forgotten:
+            return self.forgotten_to
+        sent = self._plan.samples(tail_seq, self.forgotten_to - 1)
+        about = [seq for seq, name in zip(sent.seqs, sent.subjects, strict=True)
+                 if name == SUBJECT and seq not in self.damaged]  # fmt: skip
+        return about[forgotten]
+
+    def samples(self, first_seq: int, last_seq: int, forgotten_before: int) -> Samples:
         sent = self._plan.samples(first_seq, last_seq)
         gone = [
-            i
-            for i, seq in enumerate(sent.seqs)
-            if forgotten and seq < self.forgotten_to and sent.subjects[i] == SUBJECT
+            i for i, seq in enumerate(sent.seqs) if seq < forgotten_before and sent.subjects[i] == SUBJECT
         ]
         out = sent.without([*gone, *(seq - first_seq for seq in self.damaged if seq >= first_seq)])
         lost = [i for i, seq in enumerate(sent.seqs) if seq in self.damaged]
@@ -103,7 +110,7 @@ class _Expected:
 
 
 def audit(root: Path, seed: int, book: Sequence[str], heard: int) -> None:
-    """Commits are whole as ever; damage set aside and subjects forgotten are so at once or not yet."""
+    """Commits are whole as ever; damage is set aside at once or not yet; forgetting begins with the oldest."""
     plan, expected = _plan(seed), _Expected(_plan(seed), book)
     numbers = {word: acknowledged_numbers(book[:heard], word) for word in ("commit", "quarantine", "forget")}
     acknowledged, tried = (max(number, BEFORE) for number in numbers["commit"])
@@ -113,10 +120,10 @@ def audit(root: Path, seed: int, book: Sequence[str], heard: int) -> None:
         check_acknowledged(found.commits, acknowledged, tried)
         check_moment(data.ring, plan.moment(found.commits))
         _check_quarantine(data, expected, *numbers["quarantine"])
-        forgotten = _check_forgotten(data.ring, expected, *numbers["forget"])
+        before = _check_forgotten(data.ring, expected, *numbers["forget"])
         check_contents(
             data.ring,
-            lambda first, last: expected.samples(first, last, forgotten),
+            lambda first, last: expected.samples(first, last, before),
             lost=len(expected.damaged),
         )
         check_letters(data.ring, plan.letter)
@@ -149,12 +156,13 @@ def _check_quarantine(data: Opened, expected: _Expected, acknowledged: int, trie
         raise Violation("I3", "the damaged bytes were not kept")
 
 
-def _check_forgotten(ring: Ring, expected: _Expected, acknowledged: int, tried: int) -> bool:
-    done = ring.state.forgotten > 0
-    if not acknowledged <= done <= tried or (done and ring.state.forgotten != expected.forgotten):
+def _check_forgotten(ring: Ring, expected: _Expected, acknowledged: int, tried: int) -> int:
+    """Several transactions in a small ring: a cut leaves any number of them. Returns: up to which seq."""
+    least, most = expected.forgotten * acknowledged, expected.forgotten * tried
+    if not least <= ring.state.forgotten <= most:
         words = numbers_of(acknowledged, tried)
         raise Violation("atomic", f"forgetting was {words}, {ring.state.forgotten} are forgotten")
-    return done
+    return expected.forgotten_before(ring.state.tail_seq, ring.state.forgotten)
 
 
 def numbers_of(acknowledged: int, tried: int) -> str:
