@@ -141,7 +141,7 @@ def import_into(config: Config, source: Path | BinaryIO, max_bytes: int) -> tupl
             file, folder.ring / SHARD, max_bytes, least_window=window, least_seq=seq, progress=show
         )
     lines = [
-        f"{done.next_seq - done.first_seq:,} samples, seqs {done.first_seq:,} to {done.next_seq:,}, "
+        f"{done.next_seq - done.first_seq:,} samples, seqs {done.first_seq:,} to {max(done.first_seq, done.next_seq - 1):,}, "
         f"{done.blocks:,} blocks, are the ring of {folder.path}",
         f"window {done.window} is open",
     ]
@@ -196,7 +196,7 @@ def _format_info(info: RingInfo) -> str:
     lines = [
         f"ring         {info.folder} (format {info.format}, tokenizer {info.tokenizer_id})",
         f"size         {info.live_bytes >> 10:,} of {info.map_bytes >> 10:,} KiB in use",
-        f"samples      {info.samples:,}, seqs {info.first_seq:,} to {info.next_seq:,},"
+        f"samples      {info.samples:,}, seqs {info.first_seq:,} to {max(info.first_seq, info.next_seq - 1):,},"
         f" {info.commits:,} commits",
     ]
     if info.oldest is not None and info.newest is not None:
@@ -225,7 +225,7 @@ def _format_info(info: RingInfo) -> str:
 
 def _format_export(done: Exported, place: str) -> str:
     lines = [
-        f"{done.samples:,} samples, seqs {done.first_seq:,} to {done.next_seq:,}, {done.blocks:,} blocks,"
+        f"{done.samples:,} samples, seqs {done.first_seq:,} to {max(done.first_seq, done.next_seq - 1):,}, {done.blocks:,} blocks,"
         f" {done.bytes:,} bytes" + (f" in {place}" if place != "-" else ""),
     ]
     if done.damaged:

@@ -110,7 +110,7 @@ class _Expected:
 
 
 def audit(root: Path, seed: int, book: Sequence[str], heard: int) -> None:
-    """Commits are whole as ever; damage is set aside at once or not yet; forgetting begins with the oldest."""
+    """Commits are whole as ever; damage is set aside at once or not yet; the oldest is forgotten first."""
     plan, expected = _plan(seed), _Expected(_plan(seed), book)
     numbers = {word: acknowledged_numbers(book[:heard], word) for word in ("commit", "quarantine", "forget")}
     acknowledged, tried = (max(number, BEFORE) for number in numbers["commit"])
