@@ -17,7 +17,7 @@ from pipeline.looking import SHARD
 from pipeline.progress import Progress
 from storage.block import BlockHeader, read_header
 from storage.errors import CorruptBlockError, StorageError
-from storage.export import Exported, export_ring, export_to_file, import_ring
+from storage.export import Exported, Imported, export_ring, export_to_file, import_ring
 from storage.folder import DataFolder
 from storage.registry import Registry
 from storage.ring import Ring
@@ -141,7 +141,7 @@ def import_into(config: Config, source: Path | BinaryIO, max_bytes: int) -> tupl
             file, folder.ring / SHARD, max_bytes, least_window=window, least_seq=seq, progress=show
         )
     lines = [
-        f"{done.next_seq - done.first_seq:,} samples, seqs {done.first_seq:,} to {max(done.first_seq, done.next_seq - 1):,}, "
+        f"{done.next_seq - done.first_seq:,} samples, {_seqs(done)}, "
         f"{done.blocks:,} blocks, are the ring of {folder.path}",
         f"window {done.window} is open",
     ]
@@ -196,8 +196,7 @@ def _format_info(info: RingInfo) -> str:
     lines = [
         f"ring         {info.folder} (format {info.format}, tokenizer {info.tokenizer_id})",
         f"size         {info.live_bytes >> 10:,} of {info.map_bytes >> 10:,} KiB in use",
-        f"samples      {info.samples:,}, seqs {info.first_seq:,} to {max(info.first_seq, info.next_seq - 1):,},"
-        f" {info.commits:,} commits",
+        f"samples      {info.samples:,}, {_seqs(info)}, {info.commits:,} commits",
     ]
     if info.oldest is not None and info.newest is not None:
         lines.append(f"stream time  {_time(info.oldest)} to {_time(info.newest)}")
@@ -225,7 +224,7 @@ def _format_info(info: RingInfo) -> str:
 
 def _format_export(done: Exported, place: str) -> str:
     lines = [
-        f"{done.samples:,} samples, seqs {done.first_seq:,} to {max(done.first_seq, done.next_seq - 1):,}, {done.blocks:,} blocks,"
+        f"{done.samples:,} samples, {_seqs(done)}, {done.blocks:,} blocks,"
         f" {done.bytes:,} bytes" + (f" in {place}" if place != "-" else ""),
     ]
     if done.damaged:
@@ -239,3 +238,8 @@ def _format_export(done: Exported, place: str) -> str:
 
 def _time(stream_time: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(stream_time))
+
+
+def _seqs(held: Exported | Imported | RingInfo) -> str:
+    """The first and the last seq, both included, for people."""
+    return f"seqs {held.first_seq:,} to {max(held.first_seq, held.next_seq - 1):,}"

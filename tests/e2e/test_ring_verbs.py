@@ -63,7 +63,7 @@ def test_info_tells_how_the_ring_stands(site: Path) -> None:
     assert (info["map_bytes"], info["closed_windows"], info["open_window"]) == (16 << 20, 5, 6)
     assert info["blocks"] and info["block_bytes"] == pytest.approx(info["bytes_a_sample"] * EVENTS)  # type: ignore[operator]
     text = edgewater("ring", "info", "--config", site).stdout.decode()
-    assert f"samples      {EVENTS}, seqs 0 to {EVENTS}" in text
+    assert f"samples      {EVENTS}, seqs 0 to {EVENTS - 1}" in text
 
 
 def test_a_restored_ring_goes_on_where_the_backup_ended(site: Path, tmp_path: Path) -> None:
