@@ -5,10 +5,13 @@ from __future__ import annotations
 from array import array
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from storage.block import decode_block, decode_blocks, encode_block, encode_blocks
+from storage.block import block_hashes, decode_block, decode_blocks, encode_block, encode_blocks
 from storage.errors import CorruptBlockError
-from storage.samples import Samples
+from storage.samples import BLANK, Samples
+from tests.format_1 import encode_block_1
 
 TOKENIZER = "00112233aabbccdd"
 
@@ -87,3 +90,57 @@ def test_texts_survive_being_joined_behind_samples_without_any() -> None:
         2, ["a"], ["text"], [""], array("d", [1.0]), array("I", [0]), hashes=bytes(16), texts=["as it was"]
     )
     assert Samples.concat([Samples.blank(0, 2), told]).texts == ["", "", "as it was"]
+
+
+AWKWARD = [0.0, -0.0, 1e-7, 0.1 + 0.2, 1763912345.123, 1763912345.1234567, -5.5, 1e18, 1e300, 5e-324]
+
+
+@given(ts=st.lists(st.one_of(st.floats(), st.sampled_from(AWKWARD)), min_size=1, max_size=20))
+def test_event_times_come_back_bit_for_bit_however_they_are_written(ts: list[float]) -> None:
+    """Whole microseconds are written as differences; whatever is none, NaN and -0.0 too, as it is."""
+    samples = make(len(ts))
+    samples.ts = array("d", ts)
+    assert decode_block(encode_block(samples, TOKENIZER)).ts.tobytes() == samples.ts.tobytes()
+
+
+def test_steady_times_take_next_to_nothing() -> None:
+    steady, ragged = make(1_000), make(1_000)
+    steady.ts = array("d", [1763912345.5 + 2 * i for i in range(1_000)])
+    ragged.ts = array("d", [1763912345.5 + 2 * i + (i * i % 97) / 1e7 for i in range(1_000)])
+    assert len(encode_block(steady, TOKENIZER)) < len(encode_block(ragged, TOKENIZER)) - 500
+
+
+@pytest.mark.parametrize("names", [1, 256, 257, 900])
+@pytest.mark.parametrize("length", [255, 256, 65_536])
+def test_wide_names_and_lengths_come_back(names: int, length: int) -> None:
+    n = max(names, 2)
+    samples = Samples.blank(7, n)
+    samples.sources = [f"source-{i % names}" for i in range(n)]
+    samples.lengths[1] = length
+    samples.ids, samples.mask = array("I", range(length)), bytearray(b"\x01" * length)
+    assert decode_block(encode_block(samples, TOKENIZER)) == samples
+
+
+def test_a_block_of_format_1_is_still_read() -> None:
+    samples = make(50, 9, big_ids=True, masked=True)
+    assert decode_block(encode_block_1(samples, TOKENIZER, 1.0)) == samples
+
+
+def test_hashes_are_read_without_unpacking_and_zeros_where_there_are_none() -> None:
+    assert block_hashes(encode_block(make(9), TOKENIZER)) == make(9).hashes
+    assert block_hashes(encode_block(Samples.blank(0, 9), TOKENIZER)) == bytes(9 * 16)
+
+
+def test_what_is_blanked_is_gone_and_the_rest_is_as_it_was() -> None:
+    """Seqs and hashes stay; what is left afterwards is the others, in order."""
+    samples = make(9, masked=True)
+    less = samples.without([0, 4, 8])
+    assert (less.seqs, less.hashes) == (samples.seqs, samples.hashes)
+    assert [less.kinds[i] for i in (0, 4, 8)] == [BLANK] * 3
+    assert not any(less.token_ids(i) or less.subjects[i] for i in (0, 4, 8))
+    rest = less.present()
+    kept = [1, 2, 3, 5, 6, 7]
+    assert [rest.token_ids(n) for n in range(6)] == [samples.token_ids(i) for i in kept]
+    assert [rest.token_mask(n) for n in range(6)] == [samples.token_mask(i) for i in kept]
+    assert rest.sources == [samples.sources[i] for i in kept]
+    assert decode_block(encode_block(less, TOKENIZER)) == less
