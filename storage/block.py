@@ -20,7 +20,7 @@ import msgspec
 import zstandard
 
 from storage.dictionary import Dictionary
-from storage.errors import CorruptBlockError, FormatTooNewError, MissingDictionaryError
+from storage.errors import CorruptBlockError, MissingDictionaryError
 from storage.samples import HASH_BYTES, KINDS, Samples
 
 __all__ = [
@@ -156,18 +156,17 @@ def column_bytes(samples: Samples) -> bytes:
 def read_header(data: bytes | memoryview) -> BlockHeader:
     """Read and check a block's header (not its checksum).
 
-    Raises: CorruptBlockError, FormatTooNewError.
+    Raises: CorruptBlockError.
     """
     if len(data) < _FIELDS_1.size + _CHECKSUM_BYTES:
         raise CorruptBlockError(f"a block of {len(data)} bytes is shorter than its header")
     magic, fmt = _PREFIX.unpack_from(data)
     if magic != _MAGIC:
         raise CorruptBlockError("no block starts here (wrong magic)")
-    if fmt > BLOCK_FORMAT:
-        raise FormatTooNewError(f"block format {fmt} is newer than {BLOCK_FORMAT}", hint="upgrade Edgewater")
     fields = _FIELDS_1 if fmt == 1 else _FIELDS_2
     size = fields.size + _CHECKSUM_BYTES
-    if fmt == 0 or len(data) < size:
+    # A newer format comes with a newer ring, which is refused as a whole: here it is a flipped bit.
+    if not 1 <= fmt <= BLOCK_FORMAT or len(data) < size:
         raise CorruptBlockError("the block's header is damaged")
     _, _, codec, flags, tok, n, tokens, first, arrival, raw, stored, *more = fields.unpack_from(data)
     if codec != _ZSTD or not 0 < n <= MAX_SAMPLES or raw > MAX_RAW_BYTES:
@@ -181,7 +180,7 @@ def read_header(data: bytes | memoryview) -> BlockHeader:
 def verify_block(data: bytes | memoryview) -> BlockHeader:
     """Check that not one bit of a block changed since it was written; nothing is unpacked.
 
-    Raises: CorruptBlockError, FormatTooNewError.
+    Raises: CorruptBlockError.
     """
     header = read_header(data)
     view = memoryview(data)[: header.block_bytes]

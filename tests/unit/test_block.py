@@ -45,9 +45,8 @@ def test_every_flipped_bit_is_noticed() -> None:
     block = bytearray(encode_block(make(9), TOKENIZER))
     for bit in range(len(block) * 8):
         block[bit // 8] ^= 1 << bit % 8
-        with pytest.raises((CorruptBlockError, Exception)) as caught:
+        with pytest.raises(CorruptBlockError):
             decode_block(bytes(block))
-        assert caught.type.__name__ in ("CorruptBlockError", "FormatTooNewError")
         block[bit // 8] ^= 1 << bit % 8
 
 
