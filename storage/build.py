@@ -38,7 +38,8 @@ def build_ring(
         aside: Its folder, to be renamed into place.
         state: Its state; the tail and all sums are taken from what it really holds.
         rows: All rows but header, state and blocks, not sealed, by key.
-        blocks: First seq and bytes, in the order of their seqs.
+        blocks: First seq and bytes, the newest first: appended in the order of their keys they fill LMDB's
+            pages; split in any other way these stay half empty, and a ring that was full would not fit.
         map_bytes: Size of its file.
     Raises: StorageError if the disk has no room for it.
     """
@@ -55,7 +56,7 @@ def build_ring(
             with env.begin(write=True, buffers=True) as txn:
                 writer = RingWriter(txn, written, map_bytes, encode, lambda number: None)
                 for first_seq, block in part:
-                    writer.put_block(first_seq, block)
+                    writer.put_block(first_seq, block, append=True)
                 written = writer.finish(writer.state)
         with env.begin(write=True, buffers=True) as txn:
             writer = RingWriter(txn, written, map_bytes, encode, lambda number: None)

@@ -28,7 +28,7 @@ import msgspec
 from storage.block import block_checksum, decode_blocks, verify_block
 from storage.dictionary import read_dictionary_file
 from storage.env import open_environment
-from storage.errors import CorruptBlockError, CorruptRingError, StorageError
+from storage.errors import CorruptBlockError, CorruptRingError, FormatTooNewError, StorageError
 from storage.folder import DataFolder
 from storage.pages import Item, Meta, PageFile, check_pages, items, newest_meta, read_metas
 from storage.registry import REGISTRY_FORMAT, ActivePointer, AuditRow, UpdateRow, VersionRow
@@ -421,7 +421,10 @@ class _RegistryState(msgspec.Struct):
 
 
 def check_registry(folder: Path, *, live: bool) -> list[Problem]:
-    """Verify the registry: pages, seals and their sum. Live as in `check_ring`."""
+    """Verify the registry: pages, seals and their sum. Live as in `check_ring`.
+
+    Raises: FormatTooNewError.
+    """
     if not (folder / "data.mdb").exists():
         return [_missing(folder)]
     with _snapshot(folder, live=live) as (file, meta, problems):
@@ -453,6 +456,8 @@ def _check_registry_rows(found: Iterator[Item], meta: Meta, where: str) -> Itera
             total ^= sum_of(item.value)
             if form := _REGISTRY_ROWS.get(item.key[:1]):
                 msgspec.msgpack.decode(value, type=form)
+        except FormatTooNewError:
+            raise  # no damage: an older program must not touch it
         except (StorageError, msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
             yield broken(f"the row {item.key[:24]!r} is damaged")
     if not header:

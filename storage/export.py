@@ -183,11 +183,11 @@ def _pieces(ring: Ring, state: RingState) -> Iterator[_Piece]:
         except CorruptBlockError:
             continue
         if piece.first_seq > expected and ring.read_state().tail_seq <= expected:
-            yield from _blanks(ring, state, expected, piece.first_seq)
+            yield from _blanks(ring, header.arrival, expected, piece.first_seq)
         yield piece
         expected = piece.end_seq
     if expected < state.next_seq and ring.read_state().tail_seq <= expected:
-        yield from _blanks(ring, state, expected, state.next_seq)
+        yield from _blanks(ring, state.stream_time, expected, state.next_seq)
 
 
 def _cut(ring: Ring, header: BlockHeader, block: bytes, first_seq: int, stop: int) -> _Piece:
@@ -199,8 +199,8 @@ def _cut(ring: Ring, header: BlockHeader, block: bytes, first_seq: int, stop: in
     return _Piece(part.first_seq, part.first_seq + len(part), data, header.dictionary)
 
 
-def _blanks(ring: Ring, state: RingState, first_seq: int, end_seq: int) -> Iterator[_Piece]:
-    for first, data in blank_blocks(first_seq, end_seq, ring.header.tokenizer_id, state.stream_time):
+def _blanks(ring: Ring, arrival: float, first_seq: int, end_seq: int) -> Iterator[_Piece]:
+    for first, data in blank_blocks(first_seq, end_seq, ring.header.tokenizer_id, arrival):
         yield _Piece(first, read_header(data).last_seq + 1, data, damaged=True)
 
 
@@ -268,7 +268,7 @@ def import_ring(
             contents.header,
             made.state,
             made.rows,
-            chain(_copied(file, kept, progress), lost),
+            chain(reversed(list(lost)), _copied(file, kept[::-1], progress)),
             max_bytes,
         )
         rename_durably(aside, folder)

@@ -44,6 +44,7 @@ from storage.ring_writer import (
     U32,
     U64,
     RingWriter,
+    arrival_of,
     block_key,
     blocks_from,
     encode_runs,
@@ -225,7 +226,7 @@ class Ring:
         self._check_alive()
         with self.reading() as txn:
             oldest = next(blocks_from(txn), None)
-            if oldest is None or _arrival_of(oldest[1]) >= stream_time:
+            if oldest is None or arrival_of(oldest[1]) >= stream_time:
                 return 0
         before = self.state.tail_seq
         with self.writing() as writer:
@@ -487,13 +488,6 @@ class Ring:
             hint = "the next start of `edgewater run` or `ingest` brings it up to date"
             raise StorageError(f"is of format {header.format}", path=self.folder, hint=hint)
         return header
-
-
-def _arrival_of(block: bytes | memoryview) -> float:
-    try:
-        return read_header(block).arrival
-    except CorruptBlockError:
-        return 0.0
 
 
 def _hashes_of(block: bytes | memoryview, first_seq: int, end_seq: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import msgspec
 from storage.block import block_checksum, block_hashes, decode_block, read_header
 from storage.durable import make_private_folder, write_file_durably
 from storage.errors import CorruptBlockError, MissingDictionaryError, StorageError
-from storage.ring_writer import U64, RingWriter, block_key
+from storage.ring_writer import U64, RingWriter, arrival_of, block_key, blocks_from
 from storage.rows import rows_from
 from storage.samples import HASH_BYTES, Samples
 from storage.windows import QuarantineRow
@@ -111,11 +112,15 @@ def _keep_bytes(ring: Ring, damage: Damage, into: Path) -> str:
         found = txn.get(block_key(damage.key)) if damage.key >= 0 else None
     if found is None:
         return ""
-    make_private_folder(into)
-    if sum(path.stat().st_size for path in into.iterdir() if path.is_file()) > MAX_QUARANTINE_BYTES:
-        return ""
     name = f"{ring.header.shard}-{damage.key}.block"
-    write_file_durably(into / name, bytes(found))
+    try:
+        make_private_folder(into)
+        if sum(path.stat().st_size for path in into.iterdir() if path.is_file()) > MAX_QUARANTINE_BYTES:
+            return ""
+        write_file_durably(into / name, bytes(found))
+    except OSError as error:  # a full disk: the ring needs none of it to go on
+        log.warning("the damaged bytes at seq %d are not kept: %s", damage.key, error)
+        return ""
     return name
 
 
@@ -126,7 +131,10 @@ def _replace_by_blanks(writer: RingWriter, damage: Damage, name: str) -> Quarant
     row = QuarantineRow(damage.first_seq, count, damage.reason, writer.state.stream_time, name)
     if count:
         blanks = Samples.blank(damage.first_seq, count, damage.hashes)
-        for first_seq, block in writer.encode(blanks, arrival=writer.state.stream_time):
+        # As old as its neighbour: were it of now, eviction by age would stop at it, before what is older.
+        near = (arrival_of(block) for _, block in blocks_from(writer.txn, damage.end_seq))
+        arrival = next((time for time in near if math.isfinite(time)), writer.state.stream_time)
+        for first_seq, block in writer.encode(blanks, arrival=arrival):
             writer.put_block(first_seq, block)
         writer.rows.put(U64.pack(b"Q", damage.first_seq), msgspec.msgpack.encode(row))
         held = [bytes(key) for key, _ in rows_from(writer.txn, b"Q")]

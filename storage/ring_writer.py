@@ -19,6 +19,7 @@ from storage.windows import ClosedWindow, DeadLetter, RingState
 __all__ = [
     "HIGH_WATER",
     "RingWriter",
+    "arrival_of",
     "block_key",
     "blocks_from",
     "encode_runs",
@@ -46,6 +47,8 @@ MAX_WINDOW_ROWS = 4_096
 # list of all of them with every commit (blocks of 64 KiB: 26 KB a commit of 20 readings instead of 18).
 MERGES = ((1_900, 2_400), (8_192, 32_768))
 LARGEST_MERGE = 1 / 32  # of the map, for small rings
+# A text that repeats itself packs 1,000 to 1: 32 KiB of such blocks are a gigabyte of tokens to decode.
+MERGED_TOKENS = 1 << 20
 STATE, HEADER, BLOCKS = b"s", b"H", b"t"
 _LAST_SEQ = 2**64 - 1
 U64 = struct.Struct(">cQ")
@@ -157,13 +160,18 @@ class RingWriter:
 
     # -- blocks -----------------------------------------------------------------------------------
 
-    def put_block(self, first_seq: int, block: bytes) -> None:
-        """Write a block, in place of the one that began at the same seq."""
+    def put_block(self, first_seq: int, block: bytes, *, append: bool = False) -> None:
+        """Write a block, in place of the one that began at the same seq.
+
+        Args:
+            append: Whether it is older than all others: LMDB then fills its pages, and does not split them.
+        """
         key = block_key(first_seq)
         if (before := self.txn.get(key)) is not None:
             self.blocks_sum ^= block_checksum(before)
         self.blocks_sum ^= block_checksum(block)
-        self.txn.put(key, block)
+        if not self.txn.put(key, block, append=append):
+            self.txn.put(key, block)  # it is not the oldest
 
     def delete_block(self, first_seq: int) -> None:
         """Delete the block that begins at a seq."""
@@ -199,7 +207,7 @@ class RingWriter:
     def evict_older_than(self, stream_time: float) -> None:
         """Delete the blocks whose commits are older than a stream time."""
         cursor = self.txn.cursor()
-        while cursor.last() and is_block(cursor) and _arrival_of(cursor.value()) < stream_time:
+        while cursor.last() and is_block(cursor) and arrival_of(cursor.value()) < stream_time:
             self.blocks_sum ^= block_checksum(cursor.value())
             cursor.delete()
 
@@ -211,22 +219,33 @@ class RingWriter:
         """
         for small_bytes, merged_bytes in MERGES:
             enough = min(merged_bytes, LARGEST_MERGE * self._map_bytes)
-            run: list[tuple[int, bytes]] = []
-            size = 0
-            for first_seq, block in newest_blocks(self.txn):
-                if len(block) >= small_bytes or size >= enough:
-                    break
-                if run and _arrival_of(run[0][1]) - _arrival_of(block) > span_s:
-                    break
-                run.append((first_seq, bytes(block)))
-                size += len(block)
-            if len(run) > 1 and size >= enough:
+            run = self._newest_run(small_bytes, enough, span_s)
+            if len(run) > 1 and sum(len(block) for _, block in run) >= enough:
                 self._merge(run)
+
+    def _newest_run(self, small_bytes: int, enough: float, span_s: float) -> list[tuple[int, bytes]]:
+        """The newest blocks below a size, until they come to enough bytes together."""
+        run: list[tuple[int, bytes]] = []
+        size, newest = 0, 0.0
+        for first_seq, block in newest_blocks(self.txn):
+            arrival = arrival_of(block)
+            # A block says when its newest commit came, not its oldest: that was after the block before it.
+            if run and newest - arrival > span_s:
+                run.pop()
+                return run
+            if len(block) >= small_bytes or size >= enough:
+                return run
+            newest = newest if run else arrival
+            run.append((first_seq, bytes(block)))
+            size += len(block)
+        return run if math.isinf(span_s) else run[:-1]
 
     def _merge(self, run: list[tuple[int, bytes]]) -> None:
         try:
             headers = [read_header(block) for _, block in run]
             if sum(header.samples for header in headers) > MAX_SAMPLES:
+                return
+            if sum(header.tokens for header in headers) > MERGED_TOKENS:
                 return
             merged = Samples.concat([decode_block(block, self._dictionaries) for _, block in reversed(run)])
         except (CorruptBlockError, ValueError):
@@ -276,7 +295,8 @@ class RingWriter:
             self.rows.delete(key)
 
 
-def _arrival_of(block: bytes | memoryview) -> float:
+def arrival_of(block: bytes | memoryview) -> float:
+    """Stream time of the newest commit in a block; before all times where its header is damaged."""
     try:
         return read_header(block).arrival
     except CorruptBlockError:

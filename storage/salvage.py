@@ -24,6 +24,7 @@ import lmdb
 import msgspec
 
 from storage.block import block_checksum, decode_block, verify_block
+from storage.build import room_for
 from storage.dictionary import Dictionary, read_dictionary_file, write_dictionary_file
 from storage.durable import (
     fsync_folder,
@@ -207,10 +208,11 @@ def set_aside(folder: Path, quarantine: Path) -> tuple[Path, Path]:
     remove_folder(aside)
     make_private_folder(quarantine)
     prefix = f"ring-{folder.name}" if folder.parent.name == "ring" else folder.name
-    target = next(path for n in itertools.count(1) if not (path := quarantine / f"{prefix}-{n}").exists())
     # Only the newest damaged ones are kept: a fault that comes back must not fill the disk.
     held = [path for path in quarantine.glob(f"{prefix}-*") if path.name.rsplit("-", 1)[1].isdigit()]
     held.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    number = 1 + max((int(path.name.rsplit("-", 1)[1]) for path in held), default=0)
+    target = quarantine / f"{prefix}-{number}"
     for path in held[: max(0, len(held) - KEPT_FOLDERS + 1)]:
         remove_folder(path)
     fsync_folder(quarantine)
@@ -439,7 +441,7 @@ def _choose_blocks(
     report.from_free_pages = sum(block.first_seq not in held for block in blocks)
     size = cut = 0
     for block in reversed(blocks):
-        size += block.size + 40 if block.size < 2_000 else (block.size + 16) // 4096 * 4096 + 4096 + 40
+        size += room_for(block.size)
         if size > _KEEP * map_bytes:
             cut = block.end_seq
             break
@@ -690,14 +692,14 @@ def _write(
     lost = plan.state.lost + sum(end - first for first, end in plan.holes)
     state = _replace(plan.state, lost=lost, rows_sum=0, blocks_sum=0)
     with contextlib.closing(open_environment(aside)) as env:
-        # In the order of their keys, rows then blocks, newest first: so LMDB fills its pages.
+        # In the order of their keys, rows then blocks, newest first and appended: so LMDB fills its pages.
         for pieces in (None, *_transactions(file, plan)):
             with env.begin(write=True, buffers=True) as txn:
                 writer = RingWriter(txn, state, plan.map_bytes, encode, dictionaries.get)
                 if pieces is None:
                     _put_rows(writer, plan)
                 for first, data in pieces or ():
-                    writer.put_block(first, data)
+                    writer.put_block(first, data, append=True)
                 state = writer.finish(state)
     (aside / "lock.mdb").unlink(missing_ok=True)
     for dictionary in dictionaries.values():
@@ -729,7 +731,7 @@ def _transactions(file: PageFile, plan: _Plan) -> Iterator[list[tuple[int, bytes
             blanks = encode_runs(Samples.blank(first, part), tokenizer_id, arrival, None)
             data = blanks[0][1]
         else:
-            data = file.read(part.at, part.size)
+            data, arrival = file.read(part.at, part.size), part.arrival  # blanks are as old as what follows
         pieces.append((first, data))
         size += len(data)
         if size >= WRITE_BYTES:

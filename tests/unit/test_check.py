@@ -396,7 +396,7 @@ def test_quarantine_keeps_the_newest_two_damaged_rings(data: DataFolder) -> None
         with opened_ring(data, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES):
             pass
     names = sorted(path.name for path in (data.path / "quarantine").iterdir())
-    assert len(names) == 2
+    assert names == ["ring-main-3", "ring-main-4"]
 
 
 def test_the_ring_goes_on_behind_what_the_registry_decided(data: DataFolder) -> None:
@@ -407,6 +407,30 @@ def test_the_ring_goes_on_behind_what_the_registry_decided(data: DataFolder) -> 
     with opened_ring(data, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES) as ring:
         assert (ring.state.window.window, ring.state.next_seq) == (10, 400)
         assert ring.state.window.first_seq == 400
+
+
+def test_a_newer_registry_is_refused_and_no_damage(data: DataFolder) -> None:
+    import msgspec
+
+    from storage.registry import REGISTRY_FORMAT, first_rows
+    from storage.rows import seal_header
+    from storage.windows import RingHeader
+
+    Registry.open_or_create(data.registry).close()
+    header = seal_header(RingHeader(REGISTRY_FORMAT + 1, "", "", b""))
+    assert set(msgspec.msgpack.decode(first_rows({})[b"H"])) <= set(msgspec.msgpack.decode(header))
+    with (
+        lmdb.open(str(data.registry), map_size=32 << 20, lib_version=0) as env,
+        env.begin(write=True) as txn,
+    ):
+        txn.put(b"H", header)
+    before = (data.registry / "data.mdb").read_bytes()
+    with pytest.raises(FormatTooNewError):
+        open_registry(data)
+    with pytest.raises(FormatTooNewError):
+        check_folder(data, live=False)
+    assert (data.registry / "data.mdb").read_bytes() == before
+    assert not (data.path / "quarantine").exists()
 
 
 def test_a_newer_format_is_refused_and_left_alone(data: DataFolder) -> None:

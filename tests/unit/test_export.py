@@ -13,13 +13,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from storage.block import encode_block
+from storage.build import build_ring, newest_that_fit
 from storage.errors import FormatTooNewError, StorageError
 from storage.export import export_ring, export_to_file, import_ring
 from storage.ring import Commit, Ring
 from storage.ring_file import DamagedFileError
 from storage.ring_writer import STATE, block_key
 from storage.rows import seal
-from storage.windows import ClosedWindow, DeadLetter, OpenWindow
+from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingHeader, RingState
 from tests.unit.test_ring import TOKENIZER, commit, samples
 
 OWN = ("txn", "rows_sum", "blocks_sum")  # of a state: what belongs to one LMDB file
@@ -257,6 +259,31 @@ def test_a_ring_that_is_too_small_is_refused_and_makes_nothing(tmp_path: Path) -
         with pytest.raises(StorageError, match="the ring would be too small"):
             import_ring(exported(ring), tmp_path / "b", 1 << 20)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("tokens", [40, 280, 580, 880])
+def test_a_ring_full_of_blocks_that_share_pages_fits_into_one_of_its_size(
+    tmp_path: Path, tokens: int
+) -> None:
+    """Pages filled to the brim: split as keys come in, they would stay half empty, and the map overflow."""
+    rng, map_bytes = random.Random(1), 4 << 20
+
+    def block(seq: int) -> tuple[int, bytes]:
+        made = samples(seq, 1, tokens)
+        made.ids = array("I", [rng.randrange(60_000) for _ in range(tokens)])
+        return seq, encode_block(made, TOKENIZER)
+
+    blocks = [block(seq) for seq in range(map_bytes // (2 * tokens + 150))]
+    kept = newest_that_fit([len(data) for _, data in blocks], {}, map_bytes)
+    assert 0 < kept < len(blocks)
+    header, state = RingHeader(2, "main", TOKENIZER, bytes(32)), RingState(next_seq=len(blocks))
+    build_ring(tmp_path / "main", header, state, {}, reversed(blocks[-kept:]), map_bytes)
+    with Ring.open_or_create(
+        tmp_path / "main", shard="main", tokenizer_id=TOKENIZER, max_bytes=map_bytes
+    ) as ring:
+        assert ring.state.next_seq - ring.state.tail_seq == kept
+        assert ring.usage().live_bytes < 0.82 * map_bytes
+        assert problems(ring) == []
 
 
 def test_a_ring_that_exists_is_never_imported_over(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import random
 from array import array
@@ -179,6 +180,66 @@ def test_small_blocks_are_merged_and_nothing_else_changes(ring: Ring) -> None:
     assert ring.read(0, len(whole) - 1) == whole
     assert ring.state.digest == whole.extend_digest(bytes(32))
     assert ring.newest_hashes(len(whole)) == whole.hashes
+    assert list(ring.check_blocks()) == []
+
+
+def stuttering(first: int, count: int, tokens: int) -> Samples:
+    """Texts of one word over and over, which nothing identifies: a block of them is tiny."""
+    return Samples(
+        first, ["cmms"] * count, ["text"] * count, [""] * count, array("d", [0.0] * count),
+        array("I", [tokens] * count), array("I", [7]) * (tokens * count), bytearray(b"\x01" * tokens * count),
+        bytes(HASH_BYTES * count),
+    )  # fmt: skip
+
+
+def test_no_merge_decodes_more_tokens_than_a_gateway_has_memory_for(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A producer that repeats itself packs a gigabyte of tokens into 32 KiB of blocks."""
+    monkeypatch.setattr("storage.ring_writer.MERGED_TOKENS", 10_000)
+    for number in range(60):
+        made = stuttering(ring.state.next_seq, 1, 2_000)
+        ring.commit(Commit(samples=made, stream_time=float(number), window=OpenWindow(), counters={}))
+    for _, block in ring.copied_blocks():
+        assert read_header(block).tokens <= 10_000
+
+
+def test_what_was_merged_is_not_merged_on_beyond_the_span(ring: Ring) -> None:
+    """However well it packs: a block is evicted whole, by the age of its newest sample."""
+    ring.merge_span_s = 100.0
+    for number in range(1_000):
+        made = stuttering(ring.state.next_seq, 1, 3)
+        made.ts[0] = 2.0 * number
+        ring.commit(Commit(samples=made, stream_time=made.ts[0], window=OpenWindow(), counters={}))
+    spans = []
+    for _, block in ring.copied_blocks():
+        times = decode_block(block, ring.dictionaries.find).ts
+        spans.append(times[-1] - times[0])
+    assert 50.0 < max(spans) <= 100.0
+    assert ring.evict_older_than(1_900.0) >= 900
+
+
+def test_blanks_are_as_old_as_their_neighbours(tmp_path: Path, ring: Ring) -> None:
+    """Blanks of the day when the damage was found would keep what is older from being evicted by age."""
+    for _ in range(5):
+        commit(ring, 60)
+    damage(ring, block_key(60), 70)
+    ring.quarantine(tmp_path / "quarantine")
+    assert ring.evict_older_than(4.0) == 240
+
+
+def test_a_full_disk_keeps_no_damaged_bytes_and_the_ring_goes_on(
+    tmp_path: Path, ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    commit(ring, 10)
+    commit(ring, 10)
+    damage(ring, block_key(0))
+    monkeypatch.setattr("storage.ring_damage.write_file_durably", full)
+    (row,) = ring.quarantine(tmp_path / "quarantine")
+    assert (row.first_seq, row.samples, row.file) == (0, 10, "")
     assert list(ring.check_blocks()) == []
 
 
