@@ -324,9 +324,13 @@ def _gone_on(contents: _Contents, least_window: int, least_seq: int) -> _Content
         key, value = quarantine_row(state.next_seq, least_seq, reason, state.stream_time)
         rows[key] = value
         lost = state.lost + least_seq - state.next_seq
-        state = msgspec.structs.replace(state, next_seq=least_seq, lost=lost)
+        counters = {**state.counters, "samples": least_seq}
+        state = msgspec.structs.replace(state, next_seq=least_seq, lost=lost, counters=counters)
     if least_window > state.window.window or state.next_seq != contents.state.next_seq:
         window = OpenWindow(max(least_window, state.window.window), state.next_seq)
+        if least_window > state.window.window:
+            # Those before it are decided: nothing reads their rows any more, and they would leave a gap.
+            rows = {key: value for key, value in rows.items() if key[:1] != b"W"}
         state = msgspec.structs.replace(state, window=window)
     return contents._replace(state=state, rows=rows)
 

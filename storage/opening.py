@@ -55,8 +55,13 @@ def opened_ring(data: DataFolder, *, shard: str, tokenizer_id: str, max_bytes: i
     mend_ring(data, shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
     unclean = mark.exists()
     damaged = _damaged_blocks(folder) if unclean and folder.exists() else []
+    # Where the ring is gone altogether, a new one goes on: windows that the registry knows are not learned.
+    window, seq = (1, 0) if folder.exists() or not data.registry.exists() else _used_numbers(data, shard)
     _put_mark(mark)
-    with Ring.open_or_create(folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes) as ring:
+    with Ring.open_or_create(
+        folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes,
+        least_window=window, least_seq=seq,
+    ) as ring:  # fmt: skip
         if damaged and not _quarantine(data, ring):
             _alarm(data, str(damaged[0]))  # no block is damaged, but one is not the newest
         yield ring

@@ -59,6 +59,7 @@ from storage.windows import (
     ClosedWindow,
     Commit,
     DeadLetter,
+    OpenWindow,
     QuarantineRow,
     Reader,
     RingHeader,
@@ -100,16 +101,46 @@ class Ring:
             self.dictionaries.mend()
 
     @classmethod
-    def create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
-        """Make a new ring of a fixed size, preallocated, and open it for writing."""
+    def create(
+        cls,
+        folder: Path,
+        *,
+        shard: str,
+        tokenizer_id: str,
+        max_bytes: int,
+        least_window: int = 1,
+        least_seq: int = 0,
+    ) -> Ring:
+        """Make a new ring of a fixed size, preallocated, and open it for writing.
+
+        Args:
+            least_window, least_seq: Where its numbers begin: a ring before it may have used those below.
+        """
         header = RingHeader(RING_FORMAT, shard, tokenizer_id, secrets.token_bytes(32))
-        create_environment(folder, max_bytes, first_rows(header, RingState()), written=True)
+        state = RingState(
+            next_seq=least_seq,
+            tail_seq=least_seq,
+            window=OpenWindow(least_window, least_seq),
+            counters={"events": least_seq, "samples": least_seq} if least_seq else {},
+        )
+        create_environment(folder, max_bytes, first_rows(header, state), written=True)
         return cls(folder, open_environment(folder), readonly=False)
 
     @classmethod
-    def open_or_create(cls, folder: Path, *, shard: str, tokenizer_id: str, max_bytes: int) -> Ring:
+    def open_or_create(
+        cls,
+        folder: Path,
+        *,
+        shard: str,
+        tokenizer_id: str,
+        max_bytes: int,
+        least_window: int = 1,
+        least_seq: int = 0,
+    ) -> Ring:
         """Open the ring of this shard for writing; make it if there is none, migrate an older format.
 
+        Args:
+            least_window, least_seq: As of `create`.
         Raises: ForeignFolderError if it holds tokens of another tokenizer; FormatTooNewError;
             CorruptRingError if a row is damaged (`storage.salvage` repairs it).
         """
@@ -117,7 +148,10 @@ class Ring:
 
         migrate_ring(folder)
         if not folder.exists():
-            return cls.create(folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
+            return cls.create(
+                folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes,
+                least_window=least_window, least_seq=least_seq,
+            )  # fmt: skip
         ring = cls._opened(folder, readonly=False)
         if ring.header.tokenizer_id != tokenizer_id:
             ring.close()

@@ -409,6 +409,20 @@ def test_the_ring_goes_on_behind_what_the_registry_decided(data: DataFolder) -> 
         assert ring.state.window.first_seq == 400
 
 
+@pytest.mark.parametrize("gone", ["", "data.mdb"])
+def test_a_ring_that_is_gone_begins_behind_what_the_registry_decided(data: DataFolder, gone: str) -> None:
+    """Else its first windows would count as decided, and never be learned."""
+    with Registry.open_or_create(data.registry) as registry, registry.write() as writer:
+        writer.put_update(UpdateRow("main", 7, 9, 100, 399, 300, UpdateState.EXPIRED))
+    if gone:
+        (data.ring / "main" / gone).unlink()
+    else:
+        remove_folder(data.ring / "main")
+    with opened_ring(data, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES) as ring:
+        assert (ring.state.window, ring.state.next_seq) == (OpenWindow(10, 400), 400)
+    assert check_ring(data.ring / "main", live=False) == []
+
+
 def test_a_newer_registry_is_refused_and_no_damage(data: DataFolder) -> None:
     import msgspec
 
