@@ -195,12 +195,30 @@ def read_metas(file: PageFile) -> tuple[list[Meta], list[PageProblem]]:
         file.page_bytes = max(found, key=lambda meta: meta.txn).page_bytes
     if len(found) == 2:
         problems += _compare(*found)
+    if found and (wrong := _beyond(newest_meta(found))):
+        problems.append(wrong)
+        found.remove(newest_meta(found))
     problems += (
         PageProblem("meta", meta.index, f"transaction {meta.txn} does not belong on page {meta.index}")
         for meta in found
         if meta.txn & 1 != meta.index and meta.txn
     )
     return found, problems
+
+
+def _beyond(meta: Meta) -> PageProblem | None:
+    """A tree larger than its own meta allows, for the newest of both only.
+
+    When writing a meta page fails, LMDB writes it again with the number and the last page of the transaction
+    before the last: its roots are then those of the transaction that failed. Nothing reads it, and the next
+    transaction writes over it.
+    """
+    for name, tree in (("free", meta.free), ("main", meta.main)):
+        if tree.root != NO_PAGE and tree.root > meta.last_page:
+            return PageProblem("meta", meta.index, f"root {tree.root} of the {name} tree")
+        if max(tree.branch_pages, tree.leaf_pages, tree.overflow_pages) > meta.last_page:
+            return PageProblem("meta", meta.index, f"page counts of the {name} tree")
+    return None
 
 
 def newest_meta(metas: list[Meta]) -> Meta:
@@ -241,9 +259,9 @@ def _bounds(meta: Meta, pages: int, address: int, main_pad: int) -> None:
             raise _DamagedError(meta.index, f"flags {tree.flags} of the {name} tree, not {flags}")
         if (tree.root == NO_PAGE) != (tree.depth == 0) or tree.depth > MAX_DEPTH:
             raise _DamagedError(meta.index, f"depth {tree.depth} of the {name} tree")
-        if tree.root != NO_PAGE and not 2 <= tree.root <= meta.last_page:
+        if tree.root != NO_PAGE and not 2 <= tree.root < pages:
             raise _DamagedError(meta.index, f"root {tree.root} of the {name} tree")
-        if max(tree.branch_pages, tree.leaf_pages, tree.overflow_pages) > meta.last_page:
+        if max(tree.branch_pages, tree.leaf_pages, tree.overflow_pages) >= pages:
             raise _DamagedError(meta.index, f"page counts of the {name} tree")
 
 

@@ -150,6 +150,8 @@ class PublishChain:
                 raise Violation("end", f"version {row.version} of window {row.window} is not {wanted}")
             self._check_accepted(folder, window)
             parent = row
+        # What could not be deleted when it was done with goes at the next start.
+        self._trainer(folder, registry).recover()
         names = {path.name for path in folder.versions.iterdir()}
         if names != {row.folder for row in found} or list(folder.updates.iterdir()):
             raise Violation("end", f"left over: {sorted(names)}, {list(folder.updates.iterdir())}")
