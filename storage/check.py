@@ -348,12 +348,14 @@ class _BlockWalk:
         self._folder, self._header, self._state, self._rows = folder, header, state, rows
         self._end = state.next_seq  # of the block that comes next; a block reaches to the one after it
         self._total = self._snapshots = self._blocks = 0
+        self._resumed = False  # the next block is the first of a later snapshot
         self._problems: list[Problem] = []
         self._dictionaries: dict[int, bool] = {0: True}
 
     def go_on(self, file: PageFile, meta: Meta, start: bytes, deadline: float, progress: Progress) -> bytes:
         """Check blocks from a key on until a deadline. Returns: the key to go on at, b"" at the end."""
         self._snapshots += 1
+        self._resumed = self._snapshots > 1
         tree = meta.main
         for item in items(
             file, tree.root, last_page=meta.last_page, depth=tree.depth, start=start, wanted=lambda key: False
@@ -383,14 +385,15 @@ class _BlockWalk:
         if len(item.key) != U64.size or not self._state.tail_seq <= seq_of(item.key) < self._end:
             self._bad(self._end, f"a block where none belongs, under the key {item.key[:24]!r}")
             return
-        seq, end = seq_of(item.key), self._end
-        self._end = seq
+        seq, end, resumed = seq_of(item.key), self._end, self._resumed
+        self._end, self._resumed = seq, False
         try:
             header = verify_block(data)
             self._total ^= block_checksum(data)
             if block_key(header.first_seq) != item.key or header.block_bytes != item.size:
                 raise CorruptBlockError(f"holds the block of seq {header.first_seq}")
-            if header.last_seq + 1 != end:
+            # Merged since the last snapshot, a block may hold what was looked at there.
+            if header.last_seq + 1 != end and not (resumed and header.last_seq >= end):
                 raise CorruptBlockError(f"ends at seq {header.last_seq}, the next block begins at {end}")
             if header.tokenizer_id != self._header.tokenizer_id:
                 raise CorruptBlockError(f"is of tokenizer {header.tokenizer_id}")

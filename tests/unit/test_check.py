@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -143,6 +144,27 @@ def test_a_check_beside_a_busy_writer_finds_nothing(data: DataFolder) -> None:
         (data.path / "stop").touch()
         out, errors = process.communicate()
         assert (out, errors, process.returncode) == ("done\n", "", 0)
+
+
+def test_a_live_check_takes_no_merge_between_its_snapshots_for_damage(
+    data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block in a snapshot of its own, and commits between: a block may hold what was looked at."""
+
+    @contextlib.contextmanager
+    def unpinned(*_: object, **__: object) -> Iterator[int]:
+        yield 0  # this process has the ring open itself; it writes only between the snapshots
+
+    def meanwhile(what: str, count: int) -> None:
+        if what == "blocks":
+            fill(ring, 1, 10)
+
+    monkeypatch.setattr("storage.check.PIN_S", 0.0)
+    monkeypatch.setattr("storage.check._pinned", unpinned)
+    with Ring.create(data.ring / "busy", shard="busy", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES) as ring:
+        for _ in range(30):
+            fill(ring, 3, 10)
+            assert check_ring(data.ring / "busy", live=True, progress=meanwhile) == []
 
 
 def test_a_damaged_block_is_named_by_its_seq_and_can_be_quarantined(data: DataFolder) -> None:
