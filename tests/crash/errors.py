@@ -97,7 +97,7 @@ def check_end(life: Life, *, may_go_on: bool = False) -> None:
 
 
 def _does_without(life: Life) -> bool:
-    """Whether what failed is not needed: a line of the log, a lock's pid, a dictionary's copy, an audit row."""
+    """Whether what failed is not needed: a log line, a lock's pid, a dictionary's copy, an audit row."""
     text = life.calls[life.hit].text
     if life.calls[life.hit].path.endswith("/err"):
         return True
