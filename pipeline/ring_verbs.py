@@ -19,6 +19,7 @@ from storage.block import BlockHeader, read_header
 from storage.errors import CorruptBlockError, StorageError
 from storage.export import Exported, Imported, export_ring, export_to_file, import_ring
 from storage.folder import DataFolder
+from storage.opening import open_ring_reader
 from storage.registry import Registry
 from storage.ring import Ring
 from storage.walk import walk_blocks
@@ -158,7 +159,7 @@ def _open(stack: ExitStack, config: Config) -> Ring:
     place = folder.ring / SHARD
     if not place.is_dir():
         raise StorageError("no ring here yet", path=place, hint="run Edgewater once")
-    return stack.enter_context(Ring.open_reader(place))
+    return stack.enter_context(open_ring_reader(place))
 
 
 def _shown(stack: ExitStack, label: str) -> Callable[[float, str], None]:

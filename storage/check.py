@@ -23,11 +23,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import lmdb
 import msgspec
 
 from storage.block import block_checksum, decode_blocks, verify_block
 from storage.dictionary import read_dictionary_file
-from storage.env import open_environment
+from storage.env import begin_read, open_environment
 from storage.errors import CorruptBlockError, CorruptRingError, FormatTooNewError, StorageError
 from storage.folder import DataFolder
 from storage.pages import Item, Meta, PageFile, check_pages, items, newest_meta, read_metas
@@ -208,10 +209,12 @@ def _pinned(folder: Path, *, live: bool) -> Iterator[int]:
             return
     try:
         env = open_environment(folder, readonly=True)
-    except StorageError:
+    except StorageError as error:
+        if isinstance(error.__cause__, lmdb.ReadersFullError):
+            raise  # not held, pages would change under the check, and pass for damage
         yield 0
         return
-    with closing(env), env.begin() as txn:
+    with closing(env), begin_read(env, folder) as txn:
         yield int(txn.id())
 
 

@@ -118,6 +118,8 @@ def open_environment(folder: Path, *, readonly: bool = False) -> lmdb.Environmen
     try:
         env = _lmdb_open(folder, max(map_bytes, MIN_MAP_BYTES), readonly=readonly)
         env.reader_check()
+    except lmdb.ReadersFullError as error:
+        raise _no_slot(folder) from error
     except lmdb.Error as error:
         # The disk fails, or the file is damaged: only the first may pass by itself.
         failed = isinstance(error, lmdb.DiskError) or str(error).endswith(os.strerror(errno.EIO))
@@ -137,13 +139,15 @@ def begin_read(env: lmdb.Environment, folder: Path) -> lmdb.Transaction:
             return env.begin()
         except lmdb.ReadersFullError as error:
             if not left:
-                hint = "too many processes look at once: stop some of them"
-                raise StorageError(
-                    f"all {MAX_READERS} reader slots are in use", path=folder, hint=hint
-                ) from error
+                raise _no_slot(folder) from error
             env.reader_check()
             time.sleep(SLOT_WAIT_S)
     raise AssertionError("the last try returns or raises")
+
+
+def _no_slot(folder: Path) -> StorageError:
+    hint = "too many processes look at once: stop some of them"
+    return StorageError(f"all {MAX_READERS} reader slots are in use", path=folder, hint=hint)
 
 
 def _lmdb_open(folder: Path, map_bytes: int, *, readonly: bool) -> lmdb.Environment:

@@ -150,12 +150,13 @@ def repair(data: DataFolder) -> list[str]:
     """Mend everything that can be mended offline: what `edgewater doctor --repair` does.
 
     Returns: what was done, in words.
-    Raises: LockHeldError while ingest, the trainer or the server runs.
+    Raises: LockHeldError while ingest, the trainer, the server or a verb that writes runs.
     """
     done: list[str] = []
     with contextlib.ExitStack() as stack:
         shards = sorted(_shards(data))
-        for role in (*(f"ingest-{shard}" for shard in sorted({"main", *shards})), "trainer", "server"):
+        roles = (*(f"ingest-{shard}" for shard in sorted({"main", *shards})), "trainer", "server", "admin")
+        for role in roles:
             stack.enter_context(data.lock(role))
         for problem in mend_registry(data):
             done.append(f"rebuilt the registry: {problem.words}")

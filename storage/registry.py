@@ -197,7 +197,7 @@ class Registry:
     def __init__(self, folder: Path, env: lmdb.Environment) -> None:
         self.folder = folder
         self._env = env
-        with env.begin() as txn:
+        with begin_read(env, folder) as txn:
             found = txn.get(_HEADER)
             if found is None:
                 raise ForeignFolderError("is not a registry", path=folder, hint="check data_dir")

@@ -17,7 +17,7 @@ import pytest
 
 from storage.check import Problem, check_folder, check_ring, quick_check
 from storage.durable import remove_folder
-from storage.errors import CorruptRingError, FormatTooNewError
+from storage.errors import CorruptRingError, FormatTooNewError, LockHeldError, StorageError
 from storage.folder import DataFolder
 from storage.opening import mend_registry, open_registry, open_ring_reader, opened_ring, repair
 from storage.pages import PageFile, items, newest_meta, read_metas
@@ -561,6 +561,33 @@ def damage_in_place(path: Path, at: int) -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("role", ["ingest-main", "trainer", "server", "admin"])
+def test_repair_is_refused_while_anybody_may_write(data: DataFolder, role: str) -> None:
+    with data.lock(role), pytest.raises(LockHeldError):
+        repair(data)
+
+
+def test_a_live_look_at_a_ring_without_a_free_reader_slot_says_so(
+    data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys; from pathlib import Path; from storage.env import MAX_READERS, open_environment\n"
+        "env = open_environment(Path(sys.argv[1]), readonly=True)\n"
+        "held = [env.begin() for _ in range(MAX_READERS)]\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    monkeypatch.setattr("storage.env.SLOT_WAIT_S", 0.0)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(data.ring / "main")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2], text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match="reader slots"):
+            quick_check(data.ring / "main", live=True)
+        process.communicate("")
 
 
 def test_repair_mends_all_and_a_second_one_finds_nothing(data: DataFolder) -> None:
