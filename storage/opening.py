@@ -26,7 +26,7 @@ from pathlib import Path
 import lmdb
 
 from storage.check import Problem, check_registry, check_ring, quick_check
-from storage.durable import fsync_folder, make_private_folder
+from storage.durable import fsync_folder, make_private_folder, remove_folder
 from storage.env import check_private
 from storage.errors import CorruptRingError, StorageError
 from storage.folder import DataFolder
@@ -53,6 +53,8 @@ def opened_ring(data: DataFolder, *, shard: str, tokenizer_id: str, max_bytes: i
     """
     folder, mark = data.ring / shard, data.run / f"ring-{shard}.open"
     mend_ring(data, shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
+    for stray in data.ring.glob(f"{shard}.*new"):
+        remove_folder(stray)  # of an import, say, that a crash cut short: as large as the ring
     unclean = mark.exists()
     damaged = _damaged_blocks(folder) if unclean and folder.exists() else []
     # Where the ring is gone altogether, a new one goes on: windows that the registry knows are not learned.

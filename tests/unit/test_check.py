@@ -445,6 +445,17 @@ def test_a_ring_that_is_gone_begins_behind_what_the_registry_decided(data: DataF
     assert check_ring(data.ring / "main", live=False) == []
 
 
+@pytest.mark.parametrize(
+    "name", ["new", "import.new", "import.new.new", "rebuilt.new.new", "migrated.new.new"]
+)
+def test_what_a_crash_left_of_a_ring_goes_at_the_next_start(data: DataFolder, name: str) -> None:
+    (data.ring / f"main.{name}").mkdir(mode=0o700)
+    (data.ring / f"main.{name}" / "data.mdb").write_bytes(b"half of it")
+    with opened_ring(data, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES) as ring:
+        assert ring.state.commits == 20
+    assert [path.name for path in data.ring.iterdir()] == ["main"]
+
+
 def test_a_newer_registry_is_refused_and_no_damage(data: DataFolder) -> None:
     import msgspec
 
