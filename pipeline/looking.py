@@ -12,8 +12,8 @@ from pipeline.config import Config
 from pipeline.report import Report, build_report, format_report
 from pipeline.roles import model_folder
 from storage.folder import DataFolder
+from storage.opening import open_ring_reader
 from storage.registry import AuditRow, Registry
-from storage.ring import Ring
 from storage.wake import wake
 
 __all__ = ["request_update", "score_texts", "status"]
@@ -40,7 +40,7 @@ def status(config: Config) -> tuple[Status, str]:
     report = build_report(folder)
     ring: dict[str, Any] = {"ring_bytes": {}, "first_seq": 0, "next_seq": 0, "newest_dead_letters": []}
     if (folder.ring / SHARD).is_dir():
-        with Ring.open_reader(folder.ring / SHARD) as reader:
+        with open_ring_reader(folder.ring / SHARD) as reader:
             usage = reader.usage()
             ring["ring_bytes"] = {"live": usage.live_bytes, "map": usage.map_bytes}
             ring["first_seq"], ring["next_seq"] = usage.first_seq, usage.next_seq

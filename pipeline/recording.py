@@ -12,7 +12,7 @@ from pipeline.ingest import SHARD, connectors_of
 from pipeline.roles import stop_on_signals
 from pipeline.sources.inbox import Inbox
 from storage.folder import DataFolder
-from storage.ring import Ring
+from storage.opening import open_ring_reader
 
 __all__ = ["record_sources"]
 
@@ -33,7 +33,7 @@ def record_sources(
             folder = DataFolder.open(config.data_dir, create=False)
             stack.enter_context(folder.lock(f"ingest-{SHARD}"))  # both would read standard input
             if (folder.ring / SHARD).is_dir():
-                with Ring.open_reader(folder.ring / SHARD) as ring:
+                with open_ring_reader(folder.ring / SHARD) as ring:
                     positions = ring.named("p")
         inbox = Inbox()
         assembler = Assembler(inbox, BatchLimits(flush_s=config.ring.flush_ms / 1_000), finite=True)

@@ -8,8 +8,8 @@ import msgspec
 
 from storage.durable import write_file_durably
 from storage.folder import DataFolder
+from storage.opening import open_ring_reader
 from storage.registry import Registry, UpdateRow, UpdateState, VersionRow
-from storage.ring import Ring
 from storage.windows import RingState
 
 __all__ = [
@@ -89,7 +89,7 @@ def build_report(folder: DataFolder, shard: str = "main") -> Report:
     """Read the ring and the registry of a data folder; a part that is not there yet is left empty."""
     state = RingState()
     if (folder.ring / shard).is_dir():
-        with Ring.open_reader(folder.ring / shard) as ring:
+        with open_ring_reader(folder.ring / shard) as ring:
             state = ring.state
     if not folder.registry.is_dir():
         return _report(state, [], [], 0)

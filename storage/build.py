@@ -45,7 +45,7 @@ def build_ring(
     """
     header = msgspec.structs.replace(header, format=RING_FORMAT)
     remove_folder(aside)
-    create_environment(aside, map_bytes, first_rows(header, RingState()))
+    create_environment(aside, map_bytes, first_rows(header, RingState()), written=True)
 
     def encode(samples: Samples, *, arrival: float, revision: int = 0) -> list[tuple[int, bytes]]:
         return encode_runs(samples, header.tokenizer_id, arrival, None, revision)

@@ -84,15 +84,15 @@ def export_to_file(ring: Ring, path: Path, progress: Progress = _no_progress) ->
 
     Raises: OSError as the system reports it, StorageError; an older file is then still in place.
     """
-    # 1. path.tmp written and synced.    Crash: a stray .tmp, overwritten by the next export.
-    # 2. Renamed over path, synced.      Crash: the older export or this one, each complete.
+    # 1. path.PID.tmp written and synced. Crash: a stray .tmp.
+    # 2. Renamed over path, synced.       Crash: the older export or this one, each complete.
     if path.exists() and not path.is_file():
         raise StorageError("is not a file", path=path, hint="name a file, or - for standard output")
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o600)  # an older .tmp keeps its mode, and the file holds the dedup secret
+            os.fchmod(fd, 0o600)  # whatever the umask: the file holds the dedup secret
             done = export_ring(ring, file, progress)
             os.fsync(fd)
         rename_durably(tmp, path)

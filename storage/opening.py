@@ -242,12 +242,13 @@ def _versions_on_disk(data: DataFolder) -> list[str]:
 def _in_use(folder: Path) -> bool:
     """Whether a process has an environment open: LMDB holds a record lock on lock.mdb while it has.
 
-    Asked of the kernel by inode: opening and closing the file here would drop a lock of our own on it.
+    Asked of the kernel by inode: opening and closing the file here would drop a lock of our own on it. By
+    the inode alone: btrfs and overlayfs show another device there than stat does.
     """
     try:
         info = (folder / "lock.mdb").lstat()
         locks = Path("/proc/locks").read_text(encoding="ascii")
     except OSError:
         return False
-    inode = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}:{info.st_ino}"
-    return any(line.split()[1] == "POSIX" and inode in line.split() for line in locks.splitlines())
+    fields = (line.replace("->", "").split() for line in locks.splitlines())
+    return any("POSIX" in line and line[5].endswith(f":{info.st_ino}") for line in fields)

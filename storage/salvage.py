@@ -684,7 +684,7 @@ def _write(
 ) -> None:
     """Make the new ring aside, whole and synced."""
     header = _replace(plan.header, shard=folder.name, format=RING_FORMAT)
-    create_environment(aside, plan.map_bytes, first_rows(header, RingState()))
+    create_environment(aside, plan.map_bytes, first_rows(header, RingState()), written=True)
 
     def encode(samples: Samples, *, arrival: float, revision: int = 0) -> list[tuple[int, bytes]]:
         return encode_runs(samples, header.tokenizer_id, arrival, None, revision)

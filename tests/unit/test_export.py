@@ -125,7 +125,6 @@ def test_the_file_is_for_its_owner_only_and_appears_when_it_is_complete(tmp_path
     """An older export stays until then, also where the new one fails; nothing is left lying about."""
     path = tmp_path / "ring.export"
     path.write_bytes(b"older")
-    (tmp_path / "ring.export.tmp").touch(0o644)  # left by a crash
     with grown(tmp_path / "a", 3) as ring:
         seen = []
         export_to_file(ring, path, lambda share, words: seen.append((share, path.read_bytes())))
