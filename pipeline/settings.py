@@ -102,7 +102,7 @@ class RingSettings(msgspec.Struct, frozen=True, kw_only=True):
     flush_ms: Annotated[int, Meta(ge=10, le=60_000)] = 2000
     """An event waits at most this many milliseconds for its commit; at 1,000 events or 1 MiB (a 64th of a
     ring below 64 MiB) it comes at once. Each commit writes about 24 KB to flash: at 2000 that is 1 GB a day
-    at most, at 10000, the default of profile "eco", a fifth, at 100 it is 20."""
+    at most, at 10000, the default of profile "eco", a third, at 100 it is 20."""
 
 
 class DedupSettings(msgspec.Struct, frozen=True, kw_only=True):
