@@ -17,6 +17,7 @@ import itertools
 import logging
 import operator
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from storage.windows import ClosedWindow, DeadLetter, OpenWindow, QuarantineRow,
 __all__ = ["SalvageReport", "finish_rebuild", "rebuild", "set_aside"]
 
 KEPT_FOLDERS = 2  # in quarantine, the newest: each is as large as the ring
+SPARE_BYTES = 4 << 20  # beside the file of the new one
 WRITE_BYTES = 8 << 20  # of blocks in one transaction
 MAX_STATES = 4  # raw state rows whose trees are looked for
 MAX_ROOTS = 8
@@ -208,15 +210,24 @@ def set_aside(folder: Path, quarantine: Path) -> tuple[Path, Path]:
     remove_folder(aside)
     make_private_folder(quarantine)
     prefix = f"ring-{folder.name}" if folder.parent.name == "ring" else folder.name
-    # Only the newest damaged ones are kept: a fault that comes back must not fill the disk.
+    # Only the newest damaged ones are kept: a fault that comes back must not fill the disk. And none where
+    # they take the room that the new one needs: then ingest would never start again.
     held = [path for path in quarantine.glob(f"{prefix}-*") if path.name.rsplit("-", 1)[1].isdigit()]
     held.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]))
     number = 1 + max((int(path.name.rsplit("-", 1)[1]) for path in held), default=0)
     target = quarantine / f"{prefix}-{number}"
-    for path in held[: max(0, len(held) - KEPT_FOLDERS + 1)]:
+    kept = KEPT_FOLDERS - 1 if _has_room(folder) else 0
+    for path in held[: max(0, len(held) - kept)]:
         remove_folder(path)
     fsync_folder(quarantine)
     return aside, target
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether the disk takes a second one as large."""
+    with contextlib.suppress(FileNotFoundError):
+        return shutil.disk_usage(folder).free > (folder / "data.mdb").stat().st_size + SPARE_BYTES
+    return True
 
 
 def finish_rebuild(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -419,6 +420,22 @@ def test_quarantine_keeps_the_newest_two_damaged_rings(data: DataFolder) -> None
             pass
     names = sorted(path.name for path in (data.path / "quarantine").iterdir())
     assert names == ["ring-main-3", "ring-main-4"]
+
+
+def test_older_damaged_rings_make_way_where_a_new_one_finds_no_room(
+    data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two faults on a small disk would end ingest for good."""
+    path = data.ring / "main" / "data.mdb"
+    free = [1 << 40]
+    usage = shutil.disk_usage(path.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=free[0]))
+    for free[0] in (1 << 40, 1 << 40, path.stat().st_size):
+        at, size = places(path)[b"pfile-a"]
+        damage(path, at + size // 2)
+        with opened_ring(data, shard="main", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES):
+            pass
+    assert [path.name for path in (data.path / "quarantine").iterdir()] == ["ring-main-3"]
 
 
 def test_the_ring_goes_on_behind_what_the_registry_decided(data: DataFolder) -> None:
