@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import weakref
 from typing import TYPE_CHECKING
 
 from storage.block import LEVEL, column_bytes, decode_block
@@ -37,7 +38,8 @@ class RingDictionaries:
     """
 
     def __init__(self, ring: Ring) -> None:
-        self._ring = ring
+        # Weakly: a ring that is dropped without a close must let go of its environment at once.
+        self._ring: Ring = weakref.proxy(ring)
         self._known: dict[int, Dictionary] = {}
         self._next_training = MIN_TRAINING_SAMPLES
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
 import shutil
@@ -228,7 +227,6 @@ class RingModel(RuleBasedStateMachine):
     def drop_and_open(self) -> None:
         """A crash: the handle is lost without a close."""
         del self.ring, self.registry
-        gc.collect()  # a ring and its dictionaries know each other
         self.open()
 
     @precondition(lambda self: self.ring.usage().live_bytes < MAP_BYTES // 2)
