@@ -138,7 +138,8 @@ def _version_folders(config: Config, names: list[str], base_sha256: str) -> dict
 
 def _format(whole: Status) -> str:
     live, size = whole.ring_bytes.get("live", 0), whole.ring_bytes.get("map", 0)
-    seqs = f"seqs {whole.first_seq:,} to {whole.next_seq:,}, {whole.open_window_samples} in the open window"
+    newest = max(whole.first_seq, whole.next_seq - 1)
+    seqs = f"seqs {whole.first_seq:,} to {newest:,}, {whole.open_window_samples} in the open window"
     lines = [
         f"data folder  {whole.data_dir}",
         f"active       {f'version {whole.active_version}' if whole.active_version else 'the base model'}",

@@ -188,9 +188,7 @@ def verify_block(data: bytes | memoryview) -> BlockHeader:
         raise CorruptBlockError("the block is cut short")
     fields = header.header_bytes - _CHECKSUM_BYTES
     if bytes(view[fields : header.header_bytes]) != _checksum(view[:fields], view[header.header_bytes :]):
-        raise CorruptBlockError(
-            f"checksum of the block at seq {header.first_seq} is wrong", hint="its samples are lost"
-        )
+        raise CorruptBlockError(f"checksum of the block at seq {header.first_seq} is wrong")
     return header
 
 
