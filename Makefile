@@ -39,5 +39,5 @@ bench: install  ## run the benchmarks (minutes)
 	@set -e; for bench in $(sort $(filter-out tests/bench/_%,$(wildcard tests/bench/*.py))); do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
 
 clean:  ## remove .venv and what tools left behind
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis test-results
 	find pipeline adapters storage tests -name __pycache__ -type d -prune -exec rm -rf {} +
