@@ -188,9 +188,7 @@ def _used_numbers(folder: DataFolder) -> tuple[int, int]:
     if not folder.registry.is_dir():
         return 1, 0
     with Registry.open_reader(folder.registry) as registry:
-        rows = registry.updates(SHARD)
-        window = max([registry.cursor(SHARD), *(row.last_window for row in rows)])
-    return window + 1, max([0, *(row.last_seq + 1 for row in rows)])
+        return registry.unused_numbers(SHARD)
 
 
 def _format_info(info: RingInfo) -> str:

@@ -1,13 +1,15 @@
-"""Build a ring aside from rows and blocks that come from elsewhere: an export, an older format."""
+"""Build a ring aside from rows and blocks from elsewhere: an export, an older format, a damaged ring."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import msgspec
 
+from storage.block import read_header
 from storage.dictionary import Dictionary, write_dictionary_file
 from storage.durable import fsync_folder, remove_folder
 from storage.env import create_environment, open_environment
@@ -16,9 +18,17 @@ from storage.ring_writer import U64, RingWriter, encode_runs
 from storage.samples import Samples
 from storage.windows import QuarantineRow, RingHeader, RingState
 
-__all__ = ["blank_blocks", "build_ring", "newest_that_fit", "quarantine_row", "room_for"]
+__all__ = [
+    "FILLED",
+    "blank_blocks",
+    "build_ring",
+    "newest_first",
+    "newest_that_fit",
+    "quarantine_row",
+    "room_for",
+]
 
-_FILLED = 0.80
+FILLED = 0.80  # of the map may be filled with blocks; the oldest beyond it are left out
 _COPY_BYTES = 8 << 20  # of blocks in one transaction
 _BLANKS_AT_ONCE = 65_535
 _PAGE_BYTES = 4096
@@ -52,17 +62,16 @@ def build_ring(
 
     written = msgspec.structs.replace(state, txn=0, rows_sum=0, blocks_sum=0)
     with closing(open_environment(aside)) as env:
-        for part in _transactions(blocks):
+        # In the order of their keys, rows then blocks, newest first and appended: so LMDB fills its pages.
+        for part in itertools.chain([None], _transactions(blocks)):
             with env.begin(write=True, buffers=True) as txn:
                 writer = RingWriter(txn, written, map_bytes, encode, lambda number: None)
-                for first_seq, block in part:
+                if part is None:
+                    for key, value in sorted(rows.items()):
+                        writer.rows.put(key, value)
+                for first_seq, block in part or ():
                     writer.put_block(first_seq, block, append=True)
                 written = writer.finish(writer.state)
-        with env.begin(write=True, buffers=True) as txn:
-            writer = RingWriter(txn, written, map_bytes, encode, lambda number: None)
-            for key, value in rows.items():
-                writer.rows.put(key, value)
-            writer.finish(writer.state)
     for key, value in rows.items():
         if key[:1] == b"Z":
             write_dictionary_file(aside, Dictionary(value))
@@ -92,6 +101,31 @@ def blank_blocks(
         yield from encode_runs(blanks, tokenizer_id, arrival, None)
 
 
+def newest_first(
+    read: Callable[[int, int], bytes],
+    good: Iterable[tuple[int, int, int]],
+    holes: Iterable[tuple[int, int]],
+    tokenizer_id: str,
+    arrival: float,
+) -> Iterator[tuple[int, bytes]]:
+    """Blocks as they lie in an old file, and blanks in the holes between them, the newest first.
+
+    Args:
+        read: Bytes at a place, so many of them.
+        good: First seq, place and size of each block.
+        holes: First and end seq of each.
+        arrival: Stream time of blanks behind the newest block, seconds.
+    """
+    parts = [(first, at, size) for first, at, size in good] + [(first, end, 0) for first, end in holes]
+    for first, second, size in sorted(parts, reverse=True):
+        if size:
+            block = read(second, size)
+            arrival = read_header(block).arrival  # blanks are as old as what follows them
+            yield first, block
+        else:
+            yield from reversed(list(blank_blocks(first, second, tokenizer_id, arrival)))
+
+
 def quarantine_row(first_seq: int, end_seq: int, reason: str, at: float) -> tuple[bytes, bytes]:
     """The row that tells of lost samples, key and value."""
     row = QuarantineRow(first_seq, end_seq - first_seq, reason, at)
@@ -108,7 +142,7 @@ def newest_that_fit(sizes: Sequence[int], rows: Mapping[bytes, bytes], map_bytes
         sizes: Bytes of each block, in the order of their seqs.
         rows: The rows that go beside them.
     """
-    room = int(_FILLED * map_bytes) - sum(room_for(len(key) + len(value)) for key, value in rows.items())
+    room = int(FILLED * map_bytes) - sum(room_for(len(key) + len(value)) for key, value in rows.items())
     for count, size in enumerate(reversed(sizes)):
         room -= room_for(size)
         if room < 0:

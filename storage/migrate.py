@@ -28,8 +28,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from storage.block import read_header, verify_block
-from storage.build import blank_blocks, build_ring, newest_that_fit, quarantine_row
+from storage.block import verify_block
+from storage.build import build_ring, newest_first, newest_that_fit, quarantine_row
 from storage.durable import fsync_folder, remove_folder, rename_durably
 from storage.env import check_private, create_environment
 from storage.errors import CorruptBlockError, CorruptRingError, StorageError
@@ -335,15 +335,5 @@ def _plan(old: _OldRing, map_bytes: int) -> _Plan:
 
 def _blocks(file: PageFile, plan: _Plan, old: _OldRing) -> Iterator[tuple[int, bytes]]:
     """Good blocks as they are, and blanks where one is missing, the newest first."""
-    arrival = old.state.stream_time
-    for first, end, good in sorted(
-        [(*run, True) for run in plan.runs] + [(*hole, False) for hole in plan.holes], reverse=True
-    ):
-        if good:
-            _, at, size = old.blocks[first]
-            block = file.read(at, size)
-            arrival = read_header(block).arrival  # blanks are as old as what follows them
-            yield first, block
-        else:
-            blanks = blank_blocks(first, end, old.header.tokenizer_id, arrival)
-            yield from reversed(list(blanks))
+    good = ((first, *old.blocks[first][1:]) for first, _ in plan.runs)
+    return newest_first(file.read, good, plan.holes, old.header.tokenizer_id, old.state.stream_time)

@@ -213,9 +213,7 @@ def _used_numbers(data: DataFolder, shard: str) -> tuple[int, int]:
     """The first window number and seq that the registry does not know yet; (1, 0) if it cannot say."""
     try:
         with open_registry(data) as registry:
-            rows = registry.updates(shard)
-            window = max([registry.cursor(shard), *(row.last_window for row in rows)])
-            return window + 1, max([0, *(row.last_seq + 1 for row in rows)])
+            return registry.unused_numbers(shard)
     except (StorageError, lmdb.Error) as error:
         log.error("the registry cannot say which windows are decided: %s", error)
         return 1, 0

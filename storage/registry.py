@@ -283,6 +283,12 @@ class Registry:
         """Number of the last window that is decided, 0 before the first."""
         return self._number(b"c" + shard.encode())
 
+    def unused_numbers(self, shard: str) -> tuple[int, int]:
+        """The first window number and the first seq of a shard that no update owns or passed."""
+        rows = self.updates(shard)
+        window = max([self.cursor(shard), *(row.last_window for row in rows)])
+        return window + 1, max([0, *(row.last_seq + 1 for row in rows)])
+
     def versions(self) -> list[VersionRow]:
         """All versions in order of their numbers."""
         return [msgspec.msgpack.decode(value, type=VersionRow) for _, value in self._rows(b"V")]

@@ -25,8 +25,8 @@ import lmdb
 import msgspec
 
 from storage.block import block_checksum, decode_block, verify_block
-from storage.build import room_for
-from storage.dictionary import Dictionary, read_dictionary_file, write_dictionary_file
+from storage.build import FILLED, build_ring, newest_first, quarantine_row, room_for
+from storage.dictionary import Dictionary, read_dictionary_file
 from storage.durable import (
     fsync_folder,
     make_private_folder,
@@ -34,25 +34,21 @@ from storage.durable import (
     rename_durably,
     write_file_durably,
 )
-from storage.env import create_environment, open_environment
 from storage.errors import CorruptBlockError, StorageError, WriteFailedError
 from storage.pages import Item, Meta, PageFile, items, newest_meta, raw_items, read_metas, root_candidates
-from storage.ring_header import RING_FORMAT, first_rows, read_ring_header
-from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, RingWriter, block_key, encode_runs
+from storage.ring_header import RING_FORMAT, read_ring_header
+from storage.ring_writer import BLOCKS, HEADER, STATE, U32, U64, block_key
 from storage.rows import seal, sum_of, unseal
 from storage.samples import Samples
-from storage.windows import ClosedWindow, DeadLetter, OpenWindow, QuarantineRow, RingHeader, RingState
+from storage.windows import ClosedWindow, DeadLetter, OpenWindow, RingHeader, RingState
 
 __all__ = ["SalvageReport", "finish_rebuild", "rebuild", "set_aside"]
 
 KEPT_FOLDERS = 2  # in quarantine, the newest: each is as large as the ring
 SPARE_BYTES = 4 << 20  # beside the file of the new one
-WRITE_BYTES = 8 << 20  # of blocks in one transaction
 MAX_STATES = 4  # raw state rows whose trees are looked for
 MAX_ROOTS = 8
-BLANKS_AT_ONCE = 65_535
 LARGEST_HOLE = 1_000_000  # before the oldest good block; a larger one is given up instead of filled
-_KEEP = 0.80  # of the map may be filled with blocks; the oldest beyond it are left out
 _REPORT = "salvage.json"
 _OLD_BLOCKS = b"b"  # of format 1
 log = logging.getLogger("edgewater.salvage")
@@ -394,7 +390,7 @@ def _make_anew(
         _fill_windows(plan, report)
         _after_registry(plan, least_window, least_seq, report)
         _report_rows(plan, snapshot, report)
-        _write(file, folder, aside, plan, dictionaries)
+        _write(file, folder, aside, plan)
     report.samples = sum(block.samples for block in plan.blocks)
     report.lost += [(first, end - 1) for first, end in plan.holes]
     return report
@@ -453,7 +449,7 @@ def _choose_blocks(
     size = cut = 0
     for block in reversed(blocks):
         size += room_for(block.size)
-        if size > _KEEP * map_bytes:
+        if size > FILLED * map_bytes:
             cut = block.end_seq
             break
     if holes and blocks and blocks[0].first_seq - holes[0][0] > LARGEST_HOLE:
@@ -690,65 +686,19 @@ def _report_rows(plan: _Plan, snapshot: _Snapshot, report: SalvageReport) -> Non
 # -- writing ----------------------------------------------------------------------------------------
 
 
-def _write(
-    file: PageFile, folder: Path, aside: Path, plan: _Plan, dictionaries: dict[int, Dictionary]
-) -> None:
+def _write(file: PageFile, folder: Path, aside: Path, plan: _Plan) -> None:
     """Make the new ring aside, whole and synced."""
-    header = _replace(plan.header, shard=folder.name, format=RING_FORMAT)
-    create_environment(aside, plan.map_bytes, first_rows(header, RingState()), written=True)
-
-    def encode(samples: Samples, *, arrival: float, revision: int = 0) -> list[tuple[int, bytes]]:
-        return encode_runs(samples, header.tokenizer_id, arrival, None, revision)
-
     lost = plan.state.lost + sum(end - first for first, end in plan.holes)
-    state = _replace(plan.state, lost=lost, rows_sum=0, blocks_sum=0)
-    with contextlib.closing(open_environment(aside)) as env:
-        # In the order of their keys, rows then blocks, newest first and appended: so LMDB fills its pages.
-        for pieces in (None, *_transactions(file, plan)):
-            with env.begin(write=True, buffers=True) as txn:
-                writer = RingWriter(txn, state, plan.map_bytes, encode, dictionaries.get)
-                if pieces is None:
-                    _put_rows(writer, plan)
-                for first, data in pieces or ():
-                    writer.put_block(first, data, append=True)
-                state = writer.finish(state)
-    (aside / "lock.mdb").unlink(missing_ok=True)
-    for dictionary in dictionaries.values():
-        write_dictionary_file(aside, dictionary)
-    fsync_folder(aside)
-
-
-def _put_rows(writer: RingWriter, plan: _Plan) -> None:
-    for key, value in sorted(plan.rows.items()):
-        writer.rows.put(key, value)
-    for first, end in plan.holes:
-        row = QuarantineRow(first, end - first, "lost to damage", plan.state.stream_time)
-        writer.rows.put(U64.pack(b"Q", first), msgspec.msgpack.encode(row))
-
-
-def _transactions(file: PageFile, plan: _Plan) -> Iterator[list[tuple[int, bytes]]]:
-    """Blocks and blanks, the newest first, some megabytes at a time."""
-    tokenizer_id, arrival = plan.header.tokenizer_id, plan.state.stream_time
-    pieces: list[tuple[int, bytes]] = []
-    size = 0
-    parts: list[tuple[int, _Block | int]] = [(block.first_seq, block) for block in plan.blocks]
-    parts += [
-        (at, min(BLANKS_AT_ONCE, end - at))
-        for first, end in plan.holes
-        for at in range(first, end, BLANKS_AT_ONCE)
-    ]
-    for first, part in sorted(parts, key=lambda part: part[0], reverse=True):
-        if isinstance(part, int):
-            blanks = encode_runs(Samples.blank(first, part), tokenizer_id, arrival, None)
-            data = blanks[0][1]
-        else:
-            data, arrival = file.read(part.at, part.size), part.arrival  # blanks are as old as what follows
-        pieces.append((first, data))
-        size += len(data)
-        if size >= WRITE_BYTES:
-            yield pieces
-            pieces, size = [], 0
-    yield pieces
+    noted = (quarantine_row(*hole, "lost to damage", plan.state.stream_time) for hole in plan.holes)
+    good = ((block.first_seq, block.at, block.size) for block in plan.blocks)
+    build_ring(
+        aside,
+        _replace(plan.header, shard=folder.name),
+        _replace(plan.state, lost=lost),
+        plan.rows | dict(noted),
+        newest_first(file.read, good, plan.holes, plan.header.tokenizer_id, plan.state.stream_time),
+        plan.map_bytes,
+    )
 
 
 _replace = msgspec.structs.replace

@@ -22,7 +22,6 @@ __all__ = ["rebuild_registry"]
 
 MAX_STATES = 4  # raw state rows whose trees are looked for
 MAX_ROOTS = 8
-_DAMAGED = (StorageError, msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError)
 
 
 def rebuild_registry(folder: Path, quarantine: Path, versions: Sequence[str]) -> str:
