@@ -8,7 +8,6 @@ left in memory says nothing about the disk, and a second flush would report succ
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import sys
@@ -24,6 +23,7 @@ from tests.crash.ingest_chain import Chain, Shape, shape_of
 from tests.crash.kills import prepared_model
 from tests.crash.lives import Life, Lives, cannot_trace
 from tests.crash.publish_chain import PublishChain, make_site
+from tests.crash.sweep_command import run_sweep
 
 __all__ = ["ERRORS", "Counts", "check_end", "check_said", "fail_ingest", "fail_publish", "sweep"]
 
@@ -220,21 +220,11 @@ def chain_of(ingests: Lives, trainers: Lives, model: Path, seed: int, number: in
 
 def main() -> int:
     """Run a sweep, or one chain of it again. Returns: 1 if anything did not hold."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--errors", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
-    parser.add_argument("--chain", type=int, help="only this one")
-    chosen = parser.parse_args()
-    print(f"seed {chosen.seed}", flush=True)
-    if chosen.chain is None:
-        counts = sweep(chosen.errors, chosen.seed, lambda line: print(line, flush=True))
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            with Lives(ingest_chain.PROGRAM, folder) as one, Lives(publish_chain.PROGRAM, folder) as other:
-                counts = chain_of(one, other, prepared_model(), chosen.seed, chosen.chain)
-    print(counts, *counts.violations, sep="\n")
-    return 1 if counts.violations else 0
+
+    def again(ingests: Lives, trainers: Lives, seed: int, number: int) -> Counts:
+        return chain_of(ingests, trainers, prepared_model(), seed, number)
+
+    return run_sweep(__doc__, "errors", 200, sweep, again)
 
 
 if __name__ == "__main__":

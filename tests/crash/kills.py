@@ -8,7 +8,6 @@ to its end before its point is counted as such and is no kill.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from tests.crash.audit import Violation
 from tests.crash.ingest_chain import Chain, Shape, shape_of
 from tests.crash.lives import Life, Lives, Point, cannot_trace
 from tests.crash.publish_chain import PublishChain, make_site
+from tests.crash.sweep_command import run_sweep
 
 __all__ = ["Counts", "kill_ingest", "kill_publish", "prepared_model", "sweep"]
 
@@ -225,21 +225,11 @@ def prepared_model() -> Path:
 
 def main() -> int:
     """Run a sweep, or one chain of it again. Returns: 1 if anything did not hold."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=1_000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
-    parser.add_argument("--chain", type=int, help="only this one")
-    chosen = parser.parse_args()
-    print(f"seed {chosen.seed}", flush=True)
-    if chosen.chain is None:
-        counts = sweep(chosen.kills, chosen.seed, lambda line: print(line, flush=True))
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            with Lives(ingest_chain.PROGRAM, folder) as one, Lives(publish_chain.PROGRAM, folder) as other:
-                counts = _chain(one, other, prepared_model(), chosen.seed, chosen.chain)
-    print(counts, *counts.violations, sep="\n")
-    return 1 if counts.violations else 0
+
+    def again(ingests: Lives, trainers: Lives, seed: int, number: int) -> Counts:
+        return _chain(ingests, trainers, prepared_model(), seed, number)
+
+    return run_sweep(__doc__, "kills", 1_000, sweep, again)
 
 
 if __name__ == "__main__":

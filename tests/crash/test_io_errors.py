@@ -6,32 +6,18 @@ A failure names the seed and the chain; `python -m tests.crash.errors --seed S -
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.crash import ingest_chain, publish_chain
+from tests.crash import publish_chain
 from tests.crash.audit import Violation
 from tests.crash.errors import ERRORS, check_end, fail_publish, sweep
 from tests.crash.ingest_chain import Chain, Shape
-from tests.crash.lives import Lives, Point, cannot_trace
+from tests.crash.lives import Lives, Point
 from tests.crash.publish_chain import make_site
 
 SEED = 20_261_123
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if reason := cannot_trace():
-        pytest.skip(reason)
-    return tmp_path_factory.mktemp("lives")
-
-
-@pytest.fixture(scope="module")
-def ingests(scratch: Path) -> Iterator[Lives]:
-    with Lives(ingest_chain.PROGRAM, scratch) as lives:
-        yield lives
 
 
 def test_after_any_error_ingest_and_trainer_end_with_one_line_and_go_on_when_restarted(

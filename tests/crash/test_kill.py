@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,33 +16,13 @@ import pytest
 from storage.ring import Commit, Ring
 from storage.samples import Samples
 from storage.windows import OpenWindow
-from tests.crash import ingest_chain, publish_chain
 from tests.crash.audit import Violation
 from tests.crash.ingest_chain import Chain, Shape
 from tests.crash.kills import kill_ingest, kill_publish, sweep
-from tests.crash.lives import Call, Life, Lives, Point, cannot_trace
+from tests.crash.lives import Call, Life, Lives, Point
 from tests.crash.publish_chain import PublishChain, make_site
 
 SEED = 20_261_123
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if reason := cannot_trace():
-        pytest.skip(reason)
-    return tmp_path_factory.mktemp("lives")
-
-
-@pytest.fixture(scope="module")
-def ingests(scratch: Path) -> Iterator[Lives]:
-    with Lives(ingest_chain.PROGRAM, scratch) as lives:
-        yield lives
-
-
-@pytest.fixture(scope="module")
-def trainers(scratch: Path) -> Iterator[Lives]:
-    with Lives(publish_chain.PROGRAM, scratch) as lives:
-        yield lives
 
 
 def test_killed_anywhere_ingest_and_trainer_lose_and_double_nothing(tiny_model: Path, scratch: Path) -> None:
