@@ -14,7 +14,7 @@ _PROBLEM = strace_problem()
 pytestmark = pytest.mark.skipif(bool(_PROBLEM), reason=_PROBLEM or "strace works")
 
 SEED = 20_251_123
-# 300 states a run of the tests; `make torture` does 20,000.
+# So many in a run of the tests, 380 in all; `make torture` does 20,000.
 STATES = {
     "workload_ring": 80,
     "workload_upkeep": 60,
