@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from pipeline.events import Batch, Line
+from pipeline.events import Batch, Line, Outcome, Receipt
 from pipeline.sources.inbox import Chunk, Inbox
 
 __all__ = ["Assembler", "BatchLimits", "limits_for"]
@@ -81,7 +81,7 @@ class Assembler:
         wait = 0.0 if stopping else POLL_S
         while not self._full() and (chunk := self._inbox.get(wait)) is not None:
             self._take(chunk)
-            wait = 0.0  # whatever is there already joins at once
+            wait = 0.0  # whatever is there already joins at once, also an urgent one: they share the commit
         now = self._monotonic()
         if now - self._ticked >= TICK_S:
             # Before a Batch, also a full one: when they follow each other without a pause, a request
@@ -89,7 +89,8 @@ class Assembler:
             self._ticked = now
             return Batch([], now=0.0 if self._finite else self._tick_time())
         ended = stopping or self._inbox.drained
-        if self._chunks and (self._full() or ended or now - self._opened >= self._limits.flush_s):
+        due = self._urgent or ended or now - self._opened >= self._limits.flush_s
+        if self._chunks and (due or self._full()):
             return self._close()
         return None
 
@@ -105,7 +106,8 @@ class Assembler:
         finds the same edges.
         """
         waiting = [chunk.lines[0].origin.arrival for chunk in self._chunks if chunk.lines]
-        return min([self._wall(), *waiting]) - TICK_BEHIND_S
+        queued = self._inbox.oldest_arrival
+        return min([self._wall(), *waiting, *([] if queued is None else [queued])]) - TICK_BEHIND_S
 
     def _take(self, chunk: Chunk) -> None:
         if not self._chunks:
@@ -116,8 +118,7 @@ class Assembler:
         self._bytes += sum(len(line.data) for line in chunk.lines)
 
     def _full(self) -> bool:
-        over = self._lines >= self._limits.lines or self._bytes >= self._limits.data_bytes
-        return over or self._urgent
+        return self._lines >= self._limits.lines or self._bytes >= self._limits.data_bytes
 
     def _close(self) -> Batch:
         chunks, self._chunks = self._chunks, []
@@ -125,10 +126,13 @@ class Assembler:
         self._urgent = False
         lines: list[Line] = []
         positions: dict[str, bytes] = {}
-        receipts: list[tuple[object, object]] = []
+        receipts: list[Receipt] = []
+        dropped = 0
         for chunk in chunks:
+            first = len(lines)
             lines += chunk.lines
             positions |= chunk.positions
+            dropped += chunk.dropped
             if chunk.receipt is not None:
-                receipts.append((chunk.connector, chunk.receipt))
-        return Batch(lines, positions=positions, receipts=receipts)
+                receipts.append(Receipt(chunk.connector, chunk.receipt, first, len(lines)))
+        return Batch(lines, positions=positions, receipts=receipts, outcome=Outcome(dropped=dropped))

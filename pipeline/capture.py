@@ -2,7 +2,8 @@
 
 A capture is zstd-packed JSON lines that `zstdcat` and `jq` read. The first line is the header, then one
 line an input: {"at": arrival, "source": .., "input": .., "offset": .., "raw": the line} ("raw64" where it
-is not UTF-8). "began" tells apart contents of one file.
+is not UTF-8). "began" tells apart contents of one file, "key" is what its transport identified it by,
+"refused" why its connector could make no event of it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
     raw: str | None = None
     raw64: str | None = None
     began: float = 0.0
+    key: str = ""
+    refused: str = ""
 
     @classmethod
     def of(cls, line: Line) -> CaptureLine:
@@ -66,14 +69,18 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
             raw = line.data.decode()
         except UnicodeDecodeError:
             raw64 = base64.b64encode(line.data).decode()
-        return cls(origin.arrival, origin.source, origin.input, line.offset, raw, raw64, origin.began)
+        return cls(
+            origin.arrival, origin.source, origin.input, line.offset, raw, raw64, origin.began,
+            line.key, line.refused,
+        )  # fmt: skip
 
     def line(self) -> Line:
         """The line as it was received. Raises: ValueError if `raw64` is damaged."""
         data = (self.raw or "").encode()
         if self.raw64 is not None:
             data = base64.b64decode(self.raw64, validate=True)
-        return Line(data, self.offset, Origin(self.source, self.input, self.at, began=self.began))
+        origin = Origin(self.source, self.input, self.at, began=self.began)
+        return Line(data, self.offset, origin, self.key, self.refused)
 
 
 class CaptureWriter:

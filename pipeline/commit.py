@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 import time
@@ -12,7 +13,7 @@ import msgspec
 
 from pipeline.clock import HOLD_S, follow
 from pipeline.events import Batch, Outcome
-from pipeline.sources.inbox import Connector
+from pipeline.sources.inbox import Connector, Settled
 from pipeline.triggers import Trigger, walk
 from storage.errors import RingFullError
 from storage.ring import Commit, Ring
@@ -98,7 +99,8 @@ class CommitStep:
             tick=stream_time if batch.now else 0.0, requested=request > state.request,
         )  # fmt: skip
         late = bool(self._tick_s) and stream_time - state.stream_time >= self._tick_s
-        if not (batch.lines or closed or batch.positions or request != state.request or late):
+        moved = batch.lines or batch.positions or batch.receipts or batch.outcome.dropped
+        if not (moved or closed or request != state.request or late):
             self._keep_time(stream_time, clock)
             return Committed(state, batch.outcome, [], 0.0)
         batch.samples.first_seq = state.next_seq
@@ -165,15 +167,23 @@ def _newest(letters: Sequence[DeadLetter], data_bytes: int) -> Sequence[DeadLett
 
 def _counted(counters: dict[str, int], batch: Batch) -> dict[str, int]:
     out = dict(counters)
-    out["events"] = out.get("events", 0) + len(batch.lines)
+    out["events"] = out.get("events", 0) + len(batch.lines) + batch.outcome.dropped
     for name, count in msgspec.structs.asdict(batch.outcome).items():
         out[name] = out.get(name, 0) + count
     return out
 
 
 def _acknowledge(batch: Batch) -> None:
-    by_connector: dict[int, tuple[Connector, list[object]]] = {}
-    for connector, receipt in batch.receipts:
-        by_connector.setdefault(id(connector), (cast("Connector", connector), []))[1].append(receipt)
-    for owner, receipts in by_connector.values():
-        owner.acknowledge(receipts)
+    if not batch.receipts:
+        return
+    by_connector: dict[int, tuple[Connector, list[Settled]]] = {}
+    for receipt in batch.receipts:
+        first = bisect.bisect_left(batch.dead_lines, receipt.first)
+        end = bisect.bisect_left(batch.dead_lines, receipt.end)
+        refused = [
+            (batch.dead_lines[i] - receipt.first, batch.dead[i].reason) for i in range(first, end)
+        ]  # fmt: skip
+        owner = cast("Connector", receipt.connector)
+        by_connector.setdefault(id(owner), (owner, []))[1].append(Settled(receipt.token, refused))
+    for owner, settled in by_connector.values():
+        owner.acknowledge(settled)

@@ -21,6 +21,7 @@ _STORED_BYTES_PER_TOKEN: Final = 4
 
 MAX_VALUE_BYTES: Final = 26 + 4 * MAX_UNIT
 """A number with 17 digits, sign and exponent, and its unit."""
+TABLES: Final = ("mqtt", "http", "opcua", "modbus", "journal")
 MAX_TEMPLATE_BYTES: Final = 4_096
 """Of 1,900 short readings in one commit, 31 MiB of tokens: a block that large can be read back."""
 
@@ -64,6 +65,7 @@ def _check_sources(config: Config, raw: dict[str, Any], decoder: Decoder) -> Non
     """
     for index, source in zip(decoder.kept.get(("sources",), ()), config.sources, strict=True):
         _check_render(source, ("sources", index, "render"), decoder)
+        _check_table(source, ("sources", index), decoder)
     names: dict[str, int] = {}
     stdin: int | None = None
     listed = raw.get("sources")
@@ -77,12 +79,27 @@ def _check_sources(config: Config, raw: dict[str, Any], decoder: Decoder) -> Non
             decoder.fault((*at, "name"), f'"{name}" is also the name of sources[{names[name]}]', hint)
         if kind == "files" and not entry.get("path") and decoder.is_sound((*at, "path")):
             decoder.fault((*at, "path"), 'missing; kind "files" needs it', 'write it as in "inbox/*.jsonl"')
+        if kind != "files" and entry.get("path"):
+            decoder.fault((*at, "path"), f'kind "{kind}" has no path', 'remove it, or use kind = "files"')
         if kind == "stdin":
-            if entry.get("path"):
-                decoder.fault((*at, "path"), 'kind "stdin" has no path', 'remove it, or use kind = "files"')
             if stdin is not None:
                 decoder.fault((*at, "kind"), f"sources[{stdin}] already reads standard input", "remove one")
             stdin = index if stdin is None else stdin
+
+
+def _check_table(source: Source, at: KeyPath, decoder: Decoder) -> None:
+    """Check that a source has the table of its kind, nobody else's, and that this one fits together."""
+    for kind in TABLES:
+        table = getattr(source, kind)
+        if table is not None and kind != source.kind:
+            decoder.fault((*at, kind), f'has no effect for kind "{source.kind}"', "remove it, or change kind")
+        elif kind == source.kind and table is None and decoder.is_sound((*at, kind)):
+            decoder.fault(
+                (*at, kind), f'missing; kind "{kind}" needs it', f"add [sources.{kind}] below the source"
+            )
+        elif table is not None and decoder.is_sound((*at, kind)):
+            for key, message, hint in table.faults():
+                decoder.fault((*at, kind, key), message, hint)
 
 
 def _check_render(source: Source, at: KeyPath, decoder: Decoder) -> None:

@@ -132,13 +132,19 @@ def _records(kind: type[msgspec.Struct]) -> str:
             f" [{_toml(default)}]" if not field.required and _is_leaf(default) and default is not None else ""
         )
         text += textwrap.indent(_wrap(f"{key}{shown}: {_field_docs(kind)[key]}", "   "), "#   ")
-        nested = (
-            field.type if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct) else None
-        )
+        nested = _table_of(field.type)
         for inner, inner_field in fields_of(nested).items() if nested else ():
-            line = f"{inner} [{_toml(plain(default_of(inner_field)))}]: {_field_docs(nested)[inner]}"
+            shown = "" if inner_field.required else f" [{_toml(plain(default_of(inner_field)))}]"
+            line = f"{inner}{shown}: {_field_docs(nested)[inner]}"
             text += textwrap.indent(_wrap(line, "   "), "#      ")
     return text
+
+
+def _table_of(kind: Any) -> type[msgspec.Struct] | None:
+    """The Struct that a field of a record takes, also where it may be left out."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+    tables = (option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct))
+    return next(tables, None)
 
 
 def _schema_of(kind: Any) -> dict[str, Any]:

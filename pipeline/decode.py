@@ -35,21 +35,31 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
     times: list[float] = []
     arrivals: list[float] = []
     dead: list[DeadLetter] = []
+    dead_lines: list[int] = []
     for number, line in enumerate(batch.lines):
         try:
+            if line.refused:
+                raise RefusedError(line.refused)
             event = decode_event(line.data)
             when = event_time(event, line.origin.arrival)
             if reason := refusal(event):
                 raise RefusedError(reason)
         except RefusedError as error:
             dead.append(dead_letter(line, str(error)))
+            dead_lines.append(number)
             continue
         events.append((number, event))
         times.append(when)
         arrivals.append(when if line.origin.timed else line.origin.arrival)
     outcome = msgspec.structs.replace(batch.outcome, dead_letters=len(dead))
     return msgspec.structs.replace(
-        batch, events=events, times=times, arrivals=arrivals, dead=dead, outcome=outcome
+        batch,
+        events=events,
+        times=times,
+        arrivals=arrivals,
+        dead=dead,
+        dead_lines=dead_lines,
+        outcome=outcome,
     )
 
 

@@ -205,6 +205,8 @@ class Dedup:
             identity: object = ("c", source, _content(event))
         elif event.id is not None:
             identity = ("i", source, event.id)
+        elif line.key:
+            identity = ("k", line.origin.input, line.key)
         elif event.ts is not None:
             identity = ("t", source, ts, _content(event))
         elif line.offset >= 0:

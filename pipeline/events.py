@@ -21,6 +21,7 @@ __all__ = [
     "Origin",
     "Outcome",
     "Reading",
+    "Receipt",
     "Text",
 ]
 
@@ -105,11 +106,16 @@ class Line(msgspec.Struct, frozen=True):
         data: The bytes as received, without the line end.
         offset: Where it begins in its input, bytes; -1 where an input has no position.
         origin: Where it came from.
+        key: What the transport says identifies this delivery (an Idempotency-Key), "" for nothing; the
+            event's own `id` goes before it.
+        refused: Why the connector could not make an event of `data`, "" if it is one: a dead letter.
     """
 
     data: bytes
     offset: int
     origin: Origin
+    key: str = ""
+    refused: str = ""
 
     @property
     def place(self) -> str:
@@ -124,6 +130,22 @@ class Outcome(msgspec.Struct):
     duplicates: int = 0
     suppressed: int = 0
     dead_letters: int = 0
+    dropped: int = 0
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What a connector gets back after the commit of a chunk that it handed over.
+
+    Attributes:
+        connector: Whose it is.
+        token: What the connector put into the chunk.
+        first, end: The chunk's lines in the Batch.
+    """
+
+    connector: object
+    token: object
+    first: int
+    end: int
 
 
 class Batch(msgspec.Struct):
@@ -133,26 +155,28 @@ class Batch(msgspec.Struct):
         lines: Inputs as received. Empty in a tick.
         now: Stream time of a tick, seconds; 0 in a finite stream, whose ticks close nothing.
         positions: Input -> position after this Batch, opaque to all but the connector.
-        receipts: (connector, receipt) to acknowledge after the commit.
+        receipts: What to acknowledge after the commit.
         events: Decoded events with the number of their line.
         times: Event time of each event, seconds.
         arrivals: Stream time of each event, seconds, never going back within an origin.
         hashes: 16 bytes an event, zeros where nothing identifies it.
         references: Source -> reference values of its deadband, those that changed.
         dead: Refused inputs.
-        outcome: Counts.
+        dead_lines: The number of the line of each.
+        outcome: Counts; those dropped in a full queue are not among the lines.
         samples: What is stored, in order (without seqs: the commit gives them).
     """
 
     lines: list[Line]
     now: float = 0.0
     positions: dict[str, bytes] = {}
-    receipts: list[tuple[object, object]] = []
+    receipts: list[Receipt] = []
     events: list[tuple[int, Event]] = []
     times: list[float] = []
     arrivals: list[float] = []
     hashes: list[bytes] = []
     references: dict[str, bytes] = {}
     dead: list[DeadLetter] = []
+    dead_lines: list[int] = []
     outcome: Outcome = msgspec.field(default_factory=Outcome)
     samples: Samples = msgspec.field(default_factory=Samples)

@@ -18,6 +18,7 @@ from pipeline.batching import Assembler, limits_for
 from pipeline.capture import CaptureWriter
 from pipeline.commit import CommitStep, Committed
 from pipeline.config import Config
+from pipeline.connectors import queue_limits
 from pipeline.decode import decode
 from pipeline.dedup import Dedup, SeenHashes
 from pipeline.events import Batch
@@ -25,9 +26,7 @@ from pipeline.flow import Step, build_flow
 from pipeline.health import IngestMetrics
 from pipeline.readers import ReaderWatch
 from pipeline.rules import SourceRules
-from pipeline.sources.files import FilesConnector
 from pipeline.sources.inbox import Connector, Inbox
-from pipeline.sources.stdin import StdinConnector
 from pipeline.tokenization import BatchTokenizer, TokenizeStep
 from pipeline.triggers import ThresholdTrigger
 from storage.folder import DataFolder
@@ -37,7 +36,7 @@ from storage.ring import Ring
 from storage.wake import wake
 from storage.windows import ClosedWindow, RingState
 
-__all__ = ["SHARD", "IngestOptions", "build_steps", "connectors_of", "ingest"]
+__all__ = ["SHARD", "IngestOptions", "build_steps", "ingest"]
 
 T = TypeVar("T")
 SHARD = "main"
@@ -61,17 +60,6 @@ class IngestOptions(msgspec.Struct, frozen=True):
     lockstep: bool = False
     max_events: int = 0
     capture: Path | None = None
-
-
-def connectors_of(config: Config, *, finite: bool) -> list[Connector]:
-    """The connectors that the configuration names."""
-    made: list[Connector] = []
-    for source in config.sources:
-        if source.kind == "files":
-            made.append(FilesConnector(source.name, source.path, finite=finite))
-        else:
-            made.append(StdinConnector(source.name))
-    return made
 
 
 def ingest(
@@ -123,7 +111,7 @@ def _run(
     decided: Callable[[list[ClosedWindow]], None],
     metrics: IngestMetrics | None,
 ) -> None:
-    inbox = Inbox()
+    inbox = Inbox({f"{source.kind}:{source.name}": queue_limits(source) for source in config.sources})
     limits = limits_for(ring.map_bytes, config.ring.flush_ms / 1_000)
     max_age_s = float(config.ring.max_age)
     tick_s = TICK_COMMIT_S[config.ring.profile] if max_age_s or config.trigger.cooldown else 0.0

@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.batching import Assembler, BatchLimits
 from pipeline.capture import CaptureWriter
 from pipeline.config import Config, digest
-from pipeline.ingest import SHARD, connectors_of
+from pipeline.connectors import make_connectors
+from pipeline.ingest import SHARD
 from pipeline.roles import stop_on_signals
 from pipeline.sources.inbox import Inbox
 from storage.folder import DataFolder
@@ -43,7 +44,7 @@ def record_sources(
                 max_file_bytes=max_file_bytes, max_files=max_files,
             )
         )  # fmt: skip
-        for connector in connectors_of(config, finite=False):
+        for connector in make_connectors(config.sources, finite=False):
             connector.start(inbox, positions)
             stack.callback(connector.stop)
         stack.callback(inbox.closed.set)

@@ -96,8 +96,9 @@ def run_ingest(
     speed: float,
 ) -> None:
     """Be the ingest process until its sources end or a signal comes."""
+    from pipeline.connectors import make_connectors
     from pipeline.health import HealthServer, IngestMetrics
-    from pipeline.ingest import SHARD, IngestOptions, connectors_of, ingest
+    from pipeline.ingest import SHARD, IngestOptions, ingest
     from pipeline.sources.inbox import Connector
     from pipeline.sources.replay import ReplayConnector
 
@@ -106,7 +107,7 @@ def run_ingest(
     folder = DataFolder.open(config.data_dir, create=True)
     with stop_on_signals() as stop, _locked(folder, f"ingest-{SHARD}"), contextlib.ExitStack() as stack:
         connectors: list[Connector] = (
-            [ReplayConnector(replay, speed)] if replay else connectors_of(config, finite=finite)
+            [ReplayConnector(replay, speed)] if replay else make_connectors(config.sources, finite=finite)
         )
         metrics = IngestMetrics()
         if config.health.listen:

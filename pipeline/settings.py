@@ -13,6 +13,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from pipeline.source_settings import HttpSource, JournalSource, ModbusSource, MqttSource, OpcuaSource
 from pipeline.units import Duration, Size
 
 __all__ = [
@@ -134,14 +135,36 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
     name: Name
     """Name of the source: a-z, 0-9, dot, underscore and dash. Events that carry no `source` get this one."""
-    kind: Literal["files", "stdin"]
-    """Where it reads: "files" follows files of JSON lines through rotation, .zst too; "stdin" reads standard
-    input to its end."""
+    kind: Literal["files", "stdin", "mqtt", "http", "opcua", "modbus", "journal"]
+    """Where it reads: "files" follows files through rotation, .zst too; "stdin" reads standard input to its
+    end; "mqtt" subscribes to a broker; "http" takes POST /v1/events; "opcua" subscribes to a server's nodes;
+    "modbus" polls registers; "journal" follows the systemd journal. All but the first two have a table of
+    their own, as in [sources.mqtt]."""
     path: str = ""
     """For kind "files": a file, or a pattern with * ? [ ] and ** for many. Relative to this configuration
     file."""
     format: Literal["jsonl"] = "jsonl"
     """Shape of the input: one JSON event a line."""
+    mqtt: MqttSource | None = None
+    """For kind "mqtt"."""
+    http: HttpSource | None = None
+    """For kind "http"."""
+    opcua: OpcuaSource | None = None
+    """For kind "opcua"."""
+    modbus: ModbusSource | None = None
+    """For kind "modbus"."""
+    journal: JournalSource | None = None
+    """For kind "journal"."""
+    rate: Annotated[float, Meta(ge=0)] = 0.0
+    """Take at most this many events a second, 0 without limit; what comes faster waits in the source's
+    queue."""
+    burst: Annotated[float, Meta(ge=0)] = 0.0
+    """With rate: so many may come at once after a pause; 0 is a second's worth."""
+    queue: Annotated[int, Meta(ge=1, le=1_000_000)] = 8_192
+    """So many events of this source may wait for a commit (and at most 2 MiB of them)."""
+    when_full: Literal["block", "drop_oldest", "drop_newest"] = "block"
+    """What a full queue does: "block" slows the source (files are read later, a broker keeps its messages,
+    HTTP answers 429), "drop_oldest" and "drop_newest" let events go, counted as dropped in `status`."""
     dedup: Dedup | None = None
     """What counts as a repeat: "delivery" the same event sent again (same id, or same content and time),
     "content" the same text at any time, "none" nothing. By default content for text and exchanges, delivery

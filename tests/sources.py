@@ -22,6 +22,7 @@ class Reader:
         self.inbox = Inbox()
         self.positions = dict(positions)
         self.lines: list[Line] = []
+        self._receipts: list[object] = []
         connector.start(self.inbox, positions)
 
     @property
@@ -34,10 +35,17 @@ class Reader:
         chunk = self.inbox.get(0.02)
         if chunk is not None:
             self.lines += chunk.lines
+            if chunk.receipt is not None:
+                self._receipts.append(chunk.receipt)
             for name, position in chunk.positions.items():
                 self.positions.pop(name, None)
                 self.positions |= {name: position} if position else {}
         return chunk
+
+    def receipts(self) -> list[object]:
+        """Receipts of the chunks taken since the last call."""
+        taken, self._receipts = self._receipts, []
+        return taken
 
     def until(self, happens: Callable[[], bool]) -> None:
         """Take chunks until something holds."""

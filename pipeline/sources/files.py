@@ -29,7 +29,7 @@ import msgspec
 
 from pipeline.events import Line, Origin
 from pipeline.settings import Config, Source
-from pipeline.sources.inbox import Chunk, Inbox, ReaderThread
+from pipeline.sources.inbox import Chunk, Inbox, ReaderThread, Settled
 from pipeline.sources.tail import (
     FilePosition,
     Identity,
@@ -83,7 +83,7 @@ class FilesConnector:
         self._rows = {name: decode(data) for name, data in positions.items() if name.startswith(mine)}
         self._thread.start(self, inbox, self._run)
 
-    def acknowledge(self, receipts: list[object]) -> None:
+    def acknowledge(self, settled: list[Settled]) -> None:
         """Files need none: the position is in the commit."""
 
     def stop(self) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from pipeline.capture import CaptureLine, read_header
 from pipeline.decode import RefusedError, decode_event, event_time
 from pipeline.events import MAX_EVENT_BYTES, Line, Origin
-from pipeline.sources.inbox import Chunk, Inbox, ReaderThread
+from pipeline.sources.inbox import Chunk, Inbox, ReaderThread, Settled
 from pipeline.sources.lines import READ_BYTES, LineSplitter, open_stream
 
 __all__ = ["ReplayConnector"]
@@ -43,7 +43,7 @@ class ReplayConnector:
         offset = int(positions.get(self.name, b"0"))
         self._thread.start(self, inbox, partial(self._read, inbox, offset))
 
-    def acknowledge(self, receipts: list[object]) -> None:
+    def acknowledge(self, settled: list[Settled]) -> None:
         """A file needs none: the position is in the commit."""
 
     def stop(self) -> None:

@@ -12,7 +12,7 @@ from typing import IO, cast
 import zstandard
 
 from pipeline.events import Line, Origin
-from pipeline.sources.inbox import Chunk, Inbox, ReaderThread
+from pipeline.sources.inbox import Chunk, Inbox, ReaderThread, Settled
 from pipeline.sources.lines import MAGIC_BYTES, MAX_WINDOW_BYTES, READ_BYTES, LineSplitter, is_packed
 
 __all__ = ["StdinConnector"]
@@ -37,7 +37,7 @@ class StdinConnector:
         """Begin to read in a thread of its own."""
         self._thread.start(self, inbox, partial(self._run, inbox))
 
-    def acknowledge(self, receipts: list[object]) -> None:
+    def acknowledge(self, settled: list[Settled]) -> None:
         """A pipe cannot be told."""
 
     def stop(self) -> None:

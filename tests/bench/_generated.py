@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.events import Line, Origin
-from pipeline.sources.inbox import Chunk, Inbox, ReaderThread
+from pipeline.sources.inbox import Chunk, Inbox, ReaderThread, Settled
 
 __all__ = ["PERIOD", "GeneratedConnector", "input_of", "line"]
 
@@ -62,7 +62,7 @@ class GeneratedConnector:
         first = int(positions.get(self._input, b"0"))
         self._thread.start(self, inbox, lambda: self._send(inbox, first))
 
-    def acknowledge(self, receipts: list[object]) -> None:
+    def acknowledge(self, settled: list[Settled]) -> None:
         """Nobody waits for it."""
 
     def stop(self) -> None:

@@ -18,7 +18,8 @@ import zstandard
 from pipeline.capture import CaptureWriter
 from pipeline.events import MAX_EVENT_BYTES, Line, Origin
 from pipeline.sources.files import FilesConnector
-from pipeline.sources.inbox import MAX_CHUNKS, Connector, Inbox
+from pipeline.sources.inbox import QUEUE_BYTES, QUEUE_LINES, Connector, Inbox
+from pipeline.sources.lines import READ_BYTES
 from pipeline.sources.replay import ReplayConnector
 from pipeline.sources.stdin import StdinConnector
 from tests.sources import Reader, reading
@@ -178,7 +179,9 @@ def test_what_waits_is_bounded(kind: Kind, tmp_path: Path) -> None:
     time.sleep(0.5)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert reader.inbox._queue.qsize() <= MAX_CHUNKS
+    ((_, lines),) = reader.inbox.states().values()
+    assert 0 < lines <= QUEUE_LINES + READ_BYTES
+    assert 200 * lines < QUEUE_BYTES + READ_BYTES + MAX_EVENT_BYTES
     reader.stop()
     assert peak < 16 << 20
 

@@ -16,7 +16,7 @@ from pipeline.commit import CommitStep
 from pipeline.config import ConfigError
 from pipeline.events import MAX_EVENT_BYTES, Batch, Line, Origin
 from pipeline.ingest import build_steps
-from pipeline.sources.inbox import Chunk, Inbox
+from pipeline.sources.inbox import Chunk, Inbox, QueueLimits, Settled
 from pipeline.sources.lines import READ_BYTES
 from pipeline.tokenization import BatchTokenizer
 from pipeline.triggers import ThresholdTrigger
@@ -34,7 +34,7 @@ class Nobody:
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None: ...
 
-    def acknowledge(self, receipts: list[object]) -> None: ...
+    def acknowledge(self, settled: list[Settled]) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -83,7 +83,7 @@ def test_the_smallest_ring_takes_whatever_one_batch_can_bring(
         tmp_path / "ring", shard="main", tokenizer_id=tokenizer.manifest.tokenizer_id, max_bytes=SMALLEST
     )
     settings = config.load(None, ["dedup.horizon_events=1000"], require_sources=False)
-    inbox = Inbox()
+    inbox = Inbox({Nobody.name: QueueLimits(lines=1 << 30, data_bytes=1 << 30)})
     assembler = Assembler(inbox, limits_for(ring.map_bytes, 0.0), finite=True)
     steps = build_steps(settings, ring, tokenizer)
     commit = CommitStep(ring, ThresholdTrigger(300, 32_768), lambda: 0, lambda closed: None)
@@ -104,7 +104,7 @@ def test_the_smallest_ring_takes_whatever_one_batch_can_bring(
             for kind in (kinds * 3)[: 3 if n % 2 else 1]:
                 lines = [Line(data, -1, ORIGIN) for data in kind(rng)]
                 inbox.put(Chunk(Nobody(), lines))
-            while not assembler.empty or not inbox._queue.empty():
+            while not assembler.empty or not inbox.drained:
                 largest = max(largest, commit_what_waits())
         assert largest <= SMALLEST / 64 + READ_BYTES + MAX_EVENT_BYTES + 1
         assert largest * WORST_RATIO < LARGEST_COMMIT * SMALLEST / 4

@@ -16,7 +16,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +25,14 @@ import msgspec
 import pipeline.cli
 import pipeline.commit
 import pipeline.config_check
+import pipeline.connectors
 import pipeline.health  # verbs import late what they need; here it is paid for once, not in each lifetime
 import pipeline.ingest
 import pipeline.roles
 from pipeline.commit import CommitStep, Committed
-from pipeline.config import Config
 from pipeline.events import Batch, Line, Origin
-from pipeline.sources.inbox import Chunk, Connector, Inbox, ReaderThread
+from pipeline.settings import Source
+from pipeline.sources.inbox import Chunk, Connector, Inbox, ReaderThread, Settled
 from storage.errors import WriteFailedError
 from storage.ring import Commit, Ring
 from storage.windows import RingState
@@ -168,10 +169,10 @@ class Sender:
         self._inbox = inbox
         self._thread.start(self, inbox, self._send)
 
-    def acknowledge(self, receipts: list[object]) -> None:
+    def acknowledge(self, settled: list[Settled]) -> None:
         """Tell the world what may be forgotten."""
-        for receipt in receipts:
-            os.write(1, f"{receipt}\n".encode())
+        for one in settled:
+            os.write(1, f"{one.receipt}\n".encode())
             self._credit.release()
 
     def stop(self) -> None:
@@ -240,10 +241,10 @@ def live(argument: bytes) -> None:
     os.environ[pipeline.roles.SUPERVISED] = str(os.getppid())
     if not life.files:
 
-        def sender(config: Config, *, finite: bool) -> list[Connector]:
+        def sender(sources: Sequence[Source], *, finite: bool) -> list[Connector]:
             return [Sender(life)]
 
-        pipeline.ingest.connectors_of = sender
+        pipeline.connectors.make_connectors = sender
     _cheat(life.cheat)
     sys.argv = ["edgewater", "ingest", "--finite", "--config", life.config]
     pipeline.cli.main()

@@ -6,9 +6,9 @@ import pytest
 
 from pipeline import batching
 from pipeline.batching import Assembler, BatchLimits, limits_for
-from pipeline.events import Batch, Line, Origin
+from pipeline.events import Batch, Line, Origin, Receipt
 from pipeline.flow import _Partition
-from pipeline.sources.inbox import Chunk, Connector, Inbox
+from pipeline.sources.inbox import Chunk, Connector, Inbox, QueueLimits, Settled
 
 
 class Idle:
@@ -19,7 +19,7 @@ class Idle:
     def start(self, inbox: Inbox, positions: object) -> None:
         inbox.opened(self)
 
-    def acknowledge(self, receipts: list[object]) -> None: ...
+    def acknowledge(self, settled: list[Settled]) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -29,7 +29,7 @@ class Bench:
 
     def __init__(self, limits: BatchLimits | None = None, *, finite: bool = False) -> None:
         self.now, self.wall = 100.0, 5_000.0
-        self.inbox = Inbox(max_chunks=1_000)
+        self.inbox = Inbox()
         self.connector: Connector = Idle()
         self.inbox.opened(self.connector)
         limits = limits or BatchLimits(lines=10, data_bytes=1_000, flush_s=2.0)
@@ -97,7 +97,8 @@ def test_a_batch_closes_where_a_connector_can_take_no_more() -> None:
     bench.put(1)
     batch = bench.poll()
     assert batch is not None
-    assert len(batch.lines) == 2
+    assert len(batch.lines) == 3, "what is already there shares its commit"
+    bench.put(1)
     assert bench.poll() is None, "urgency ends with its Batch"
 
 
@@ -121,7 +122,10 @@ def test_positions_and_receipts_of_all_chunks_are_in_the_batch() -> None:
     batch = bench.poll(stopping=True)
     assert batch is not None
     assert batch.positions == {"a": b"2", "b": b"1"}
-    assert batch.receipts == [(bench.connector, "first"), (bench.connector, "second")]
+    assert batch.receipts == [
+        Receipt(bench.connector, "first", 0, 1),
+        Receipt(bench.connector, "second", 1, 1),
+    ]
 
 
 def test_a_tick_comes_once_a_second() -> None:
@@ -173,8 +177,9 @@ def test_the_ticks_of_a_finite_stream_tell_no_time() -> None:
 
 
 def test_a_connector_that_outruns_the_flow_waits_until_the_inbox_closes() -> None:
-    inbox, connector = Inbox(max_chunks=1), Idle()
-    chunk = Chunk(connector, [])
+    connector = Idle()
+    inbox = Inbox({"idle": QueueLimits(lines=1)})
+    chunk = Chunk(connector, [Line(b"x", 0, Origin("s", "in", 1.0))])
     assert inbox.put(chunk)
     inbox.closed.set()
     assert not inbox.put(chunk)

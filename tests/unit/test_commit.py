@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.commit import LETTER_SHARE, CommitStep
-from pipeline.events import Batch, Line, Origin, Outcome
-from pipeline.sources.inbox import Inbox
+from pipeline.events import Batch, Line, Origin, Outcome, Receipt
+from pipeline.sources.inbox import Inbox, Settled
 from pipeline.triggers import ThresholdTrigger
 from storage import ring
 from storage.errors import RingFullError
@@ -37,7 +37,8 @@ class Bench:
 
     def stop(self) -> None: ...
 
-    def acknowledge(self, receipts: list[object]) -> None:
+    def acknowledge(self, settled: list[Settled]) -> None:
+        receipts = [one.receipt for one in settled]
         self.told.append(("acknowledged", receipts, self.ring.read_state().commits))
 
     def decided(self, closed: list[ClosedWindow]) -> None:
@@ -65,7 +66,9 @@ def batch(arrivals: list[float], **more: object) -> Batch:
 
 
 def test_inputs_are_acknowledged_after_the_commit_and_windows_told_after_that(bench: Bench) -> None:
-    committed = bench.step(batch([1.0] * 5, receipts=[(bench, 1), (bench, 2)], positions={"in": b"5"}))
+    committed = bench.step(
+        batch([1.0] * 5, receipts=[Receipt(bench, 1, 0, 2), Receipt(bench, 2, 2, 5)], positions={"in": b"5"})
+    )
     assert bench.told == [("acknowledged", [1, 2], 1), ("closed", [1], 1)]
     assert bench.ring.named("p") == {"in": b"5"}
     assert [window.last_seq for window in committed.closed] == [3]
@@ -76,7 +79,7 @@ def test_inputs_are_acknowledged_after_the_commit_and_windows_told_after_that(be
 def test_nothing_is_acknowledged_when_the_commit_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring, "LARGEST_COMMIT", 0)
     with pytest.raises(RingFullError):
-        bench.step(batch([1.0] * 5, receipts=[(bench, 1)], positions={"in": b"5"}))
+        bench.step(batch([1.0] * 5, receipts=[Receipt(bench, 1, 0, 3)], positions={"in": b"5"}))
     assert bench.told == []
     assert bench.ring.named("p") == {}
 
@@ -84,15 +87,29 @@ def test_nothing_is_acknowledged_when_the_commit_fails(bench: Bench, monkeypatch
 def test_duplicates_alone_are_acknowledged_and_counted_too(bench: Bench) -> None:
     lines = [Line(b"x", 0, Origin("s", "in", 1.0))] * 3
     only = Batch(
-        lines, receipts=[(bench, 1)], outcome=Outcome(duplicates=2, dead_letters=1),
-        dead=[DeadLetter("s", "in", 1.0, "why", b"x")],
+        lines, receipts=[Receipt(bench, 1, 0, 3)], outcome=Outcome(duplicates=2, dead_letters=1),
+        dead=[DeadLetter("s", "in", 1.0, "why", b"x")], dead_lines=[2],
     )  # fmt: skip
     state = bench.step(only).state
-    assert state.counters == {"events": 3, "samples": 0, "duplicates": 2, "suppressed": 0, "dead_letters": 1}
+    assert state.counters == {
+        "events": 3,
+        "samples": 0,
+        "duplicates": 2,
+        "suppressed": 0,
+        "dead_letters": 1,
+        "dropped": 0,
+    }
     assert bench.told == [("acknowledged", [1], 1)]
     assert [letter.reason for _, letter in bench.ring.dead_letters()] == ["why"]
     state = bench.step(batch([2.0])).state
-    assert state.counters == {"events": 4, "samples": 1, "duplicates": 2, "suppressed": 0, "dead_letters": 1}
+    assert state.counters == {
+        "events": 4,
+        "samples": 1,
+        "duplicates": 2,
+        "suppressed": 0,
+        "dead_letters": 1,
+        "dropped": 0,
+    }
 
 
 def test_a_tick_that_decides_nothing_writes_nothing(bench: Bench) -> None:
@@ -188,7 +205,7 @@ def test_a_full_ring_is_tried_again_while_room_is_made(bench: Bench, monkeypatch
 
     monkeypatch.setattr(bench.ring, "commit", full_twice)
     step = CommitStep(bench.ring, ThresholdTrigger(4, 10**9), lambda: 0, bench.decided, relieve=relieve)
-    step(batch([1.0] * 3, receipts=[(bench, 1)]))
+    step(batch([1.0] * 3, receipts=[Receipt(bench, 1, 0, 3)]))
     assert tries == [(1, []), (2, [])]
     assert bench.told == [("acknowledged", [1], 1)]
     assert bench.ring.read_state().next_seq == 3
@@ -208,7 +225,7 @@ def test_a_ring_that_stays_full_ends_it_with_nothing_acknowledged(
         bench.ring, ThresholdTrigger(4, 10**9), lambda: 0, bench.decided, relieve=lambda n: n < 3
     )
     with pytest.raises(RingFullError):
-        step(batch([1.0] * 3, receipts=[(bench, 1)]))
+        step(batch([1.0] * 3, receipts=[Receipt(bench, 1, 0, 3)]))
     assert bench.told == []
     monkeypatch.setattr(bench.ring, "commit", commit)
     assert step(batch([1.0] * 3)).state.next_seq == 3
