@@ -11,8 +11,6 @@ __all__ = ["make"]
 
 
 class _Folder:
-    resumes, networked, takes_raw = True, False, True
-
     def __init__(self, folder: Path) -> None:
         self._path = folder / "events.jsonl"
         self._path.touch()

@@ -1,7 +1,7 @@
 """Connectors with their real outside, so that the same checks run on each: a broker, a server, a folder.
 
-A world is one connector kind as the contract tests see it. What differs between kinds (a file has positions,
-a broker redelivers, a poller sees only the present) is said by its attributes, never asked by name.
+What differs between kinds (a file has positions, a broker redelivers, a poller sees only the present) is said
+by a kind's attributes; a check that cannot apply to a kind is not run on it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,7 @@ __all__ = ["WORLDS", "World", "WorldKind"]
 
 
 class World(Protocol):
-    """One outside, running.
-
-    Attributes:
-        resumes: Whether what was handed over but not committed comes again after a kill; False where the
-            outside cannot repeat itself (standard input, polled values).
-        networked: Whether the connection can be cut.
-        takes_raw: Whether any bytes can be sent through it (a register takes no text).
-    """
-
-    resumes: bool
-    networked: bool
-    takes_raw: bool
+    """One outside, running."""
 
     def connector(self) -> Connector:
         """A connector to it, as ingest would make it; called again for each restart."""
@@ -63,11 +52,21 @@ class WorldKind(msgspec.Struct, frozen=True):
         name: For test ids.
         module: Under tests.contract; it has `make(folder) -> World`.
         needs: Programs it cannot do without: the tests are skipped where one is missing.
+        resumes: Whether what was handed over but not committed comes again after a kill; False where the
+            outside cannot repeat itself (a request that its client gave up, polled values).
+        networked: Whether the connection can be cut.
+        takes_raw: Whether any bytes can be sent through it (a register takes no text).
     """
 
     name: str
     module: str
     needs: tuple[str, ...] = ()
+    resumes: bool = True
+    networked: bool = True
+    takes_raw: bool = True
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def missing(self) -> str:
@@ -81,5 +80,5 @@ class WorldKind(msgspec.Struct, frozen=True):
 
 
 WORLDS: list[WorldKind] = [
-    WorldKind("files", "world_files"),
+    WorldKind("files", "world_files", networked=False),
 ]
