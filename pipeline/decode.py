@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from pipeline.events import MAX_EVENT_BYTES, Batch, Event, Line
+from pipeline.events import MAX_EVENT_BYTES, Batch, Event, Line, Origin
 from storage.windows import DeadLetter
 
 __all__ = ["MAX_NESTING", "RefusedError", "decode", "decode_event", "event_time"]
@@ -41,6 +41,8 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
             if line.refused:
                 raise RefusedError(line.refused)
             event = decode_event(line.data)
+            if event.source is not None and line.origin.allowed is not None:
+                _check_source(event.source, line.origin, line.origin.allowed)
             when = event_time(event, line.origin.arrival)
             if reason := refusal(event):
                 raise RefusedError(reason)
@@ -106,6 +108,14 @@ def event_time(event: Event, arrival: float) -> float:
     if not -_LATEST < ts < _LATEST:
         raise RefusedError(f"ts {ts} is out of range (milliseconds? seconds since 1970 are taken)")
     return ts
+
+
+def _check_source(source: str, origin: Origin, allowed: frozenset[str]) -> None:
+    if source != origin.source and source not in allowed:
+        raise RefusedError(
+            f"source {source!r} may not be named here: leave it out, or add it to the `sources` of "
+            f"{origin.source!r}"
+        )
 
 
 def _nesting(data: bytes) -> int:

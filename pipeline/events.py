@@ -90,6 +90,8 @@ class Origin(msgspec.Struct, frozen=True):
         timed: Whether stream time takes the event's own `ts` (plain lines of a finite stream).
         began: When reading of this content began, seconds; a file that was truncated, or came in the place
             of a rotated one, holds other lines at the same offsets.
+        allowed: Which other sources an event may name as its own here, None for any: whoever may write
+            to this source may not write as another one.
     """
 
     source: str
@@ -97,6 +99,7 @@ class Origin(msgspec.Struct, frozen=True):
     arrival: float
     timed: bool = False
     began: float = 0.0
+    allowed: frozenset[str] | None = None
 
 
 class Line(msgspec.Struct, frozen=True):

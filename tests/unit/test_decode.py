@@ -240,3 +240,26 @@ def test_every_line_ends_as_an_event_or_a_dead_letter_in_order() -> None:
 def test_what_the_model_cannot_learn_from_is_a_dead_letter_too() -> None:
     batch = decode(Batch([Line(text(), 0, ORIGIN)]), lambda event: f"no {type(event).__name__} here")
     assert [letter.reason for letter in batch.dead] == ["no Text here"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "named", "taken"),
+    [
+        (None, "pump-9", True),
+        (frozenset(), "pump-9", False),
+        (frozenset({"pump-1"}), "pump-9", False),
+        (frozenset({"pump-9"}), "pump-9", True),
+        (frozenset(), "site", True),
+        (frozenset(), None, True),
+    ],
+)
+def test_an_event_names_only_a_source_that_its_origin_allows(
+    allowed: frozenset[str] | None, named: str | None, taken: bool
+) -> None:
+    """The origin's own source may always be named."""
+    origin = Origin("site", "http:site", 1_000.0, allowed=allowed)
+    batch = decode(Batch([Line(text(source=named), -1, origin)]))
+    assert [event.source for _, event in batch.events] == ([named] if taken else [])
+    assert [letter.reason.partition(":")[0] for letter in batch.dead] == (
+        [] if taken else ["source 'pump-9' may not be named here"]
+    )
