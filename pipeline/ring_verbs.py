@@ -100,7 +100,7 @@ def ring_info(config: Config) -> tuple[RingInfo, str]:
             closed_windows=state.window.window - 1,
             open_window=state.window.window,
             open_samples=state.window.samples,
-            dead_letters=state.dead_next - state.dead_first,
+            dead_letters=len(ring.dead_letters(state.dead_next - state.dead_first)),
             lost=state.lost,
             forgotten=state.forgotten,
             quarantined=len(ring.quarantined()),

@@ -233,7 +233,9 @@ class Ring:
             for name, reference in commit.references.items():
                 writer.put_named(b"r", name, reference)
             writer.state = msgspec.structs.replace(
-                writer.put_dead_letters(state, commit.dead_letters),
+                writer.put_dead_letters(
+                    writer.delete_dead_letters(state, commit.deleted_letters), commit.dead_letters
+                ),
                 commits=state.commits + 1,
                 next_seq=state.next_seq + len(samples),
                 digest=samples.extend_digest(state.digest),
@@ -411,9 +413,18 @@ class Ring:
             state = self._state_in(txn)
             start = max(state.dead_first, state.dead_next - newest)
             rows = rows_from(txn, b"D", U64.pack(b"D", start))
-            return [
+            letters = [
                 (U64.unpack(key)[1], msgspec.msgpack.decode(value, type=DeadLetter)) for key, value in rows
             ]
+            return [(number, letter) for number, letter in letters if not letter.deleted]
+
+    def dead_letter(self, number: int) -> DeadLetter | None:
+        """One dead letter; None if it was deleted, made way for newer ones, or never was."""
+        with self.reading() as txn:
+            key = U64.pack(b"D", number)
+            found = txn.get(key)
+            letter = None if found is None else msgspec.msgpack.decode(unseal(key, found), type=DeadLetter)
+            return None if letter is None or letter.deleted else letter
 
     def newest_hashes(self, count: int) -> bytes:
         """Dedup hashes of the newest samples, 16 bytes each, oldest first: dedup is rebuilt from them.

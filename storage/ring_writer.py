@@ -50,6 +50,7 @@ LARGEST_MERGE = 1 / 32  # of the map, for small rings
 # A text that repeats itself packs 1,000 to 1: 32 KiB of such blocks are a gigabyte of tokens to decode.
 MERGED_TOKENS = 1 << 20
 STATE, HEADER, BLOCKS = b"s", b"H", b"t"
+_EMPTY_LETTER = msgspec.msgpack.encode(DeadLetter("", "", 0.0, "", b""))
 _LAST_SEQ = 2**64 - 1
 U64 = struct.Struct(">cQ")
 U32 = struct.Struct(">cI")
@@ -278,6 +279,25 @@ class RingWriter:
             self.rows.delete(key)
             first += 1
         return msgspec.structs.replace(state, dead_first=first, dead_next=number, dead_bytes=size)
+
+    def delete_dead_letters(self, state: RingState, numbers: Sequence[int]) -> RingState:
+        """Delete dead letters; a number that is not there is passed over.
+
+        Numbers of letters follow each other without a gap, so that a lost row is seen as one: a letter that
+        is deleted before older ones leaves an empty one, which goes with them.
+        """
+        if not numbers:
+            return state
+        first, size = state.dead_first, state.dead_bytes
+        for number in numbers:
+            key = U64.pack(b"D", number) if first <= number < state.dead_next else b""
+            if key and (found := self.rows.get(key)) is not None:
+                size += len(_EMPTY_LETTER) - len(found)
+                self.rows.put(key, _EMPTY_LETTER)
+        while first < state.dead_next and self.rows.get(key := U64.pack(b"D", first)) == _EMPTY_LETTER:
+            self.rows.delete(key)
+            first, size = first + 1, size - len(_EMPTY_LETTER)
+        return msgspec.structs.replace(state, dead_first=first, dead_bytes=size)
 
     def put_windows(self, closed: Sequence[ClosedWindow]) -> None:
         """Write closed windows; those too far back go."""

@@ -92,6 +92,11 @@ class DeadLetter(msgspec.Struct, frozen=True):
     reason: str
     data: bytes
 
+    @property
+    def deleted(self) -> bool:
+        """Whether it only keeps the place of a letter that was deleted before older ones."""
+        return not self.reason
+
 
 class RingState(msgspec.Struct, frozen=True, array_like=True):
     """The one row that every commit overwrites.
@@ -163,6 +168,7 @@ class Commit(msgspec.Struct, frozen=True):
         positions: Input name -> position, only those that moved; b"" forgets the input.
         references: Source name -> reference values of its deadband, only those that changed.
         dead_letters: Refused inputs.
+        deleted_letters: Numbers of dead letters that go with this commit: purged, or fed again in it.
         request: Last honoured update request.
         clock: What stream time adds to the arrivals, after this commit.
     """
@@ -175,6 +181,7 @@ class Commit(msgspec.Struct, frozen=True):
     positions: Mapping[str, bytes] = {}
     references: Mapping[str, bytes] = {}
     dead_letters: Sequence[DeadLetter] = ()
+    deleted_letters: Sequence[int] = ()
     request: int = 0
     clock: ClockState = ClockState()
 
