@@ -117,6 +117,7 @@ class CommitStep:
                 positions=batch.positions,
                 references=batch.references,
                 dead_letters=_newest(batch.dead, self._ring.map_bytes // LETTER_SHARE),
+                deleted_letters=batch.deleted_letters,
                 request=request,
                 clock=clock,
             )

@@ -166,6 +166,7 @@ class Batch(msgspec.Struct):
         references: Source -> reference values of its deadband, those that changed.
         dead: Refused inputs.
         dead_lines: The number of the line of each.
+        deleted_letters: Numbers of dead letters that go with the commit: purged, or fed again in it.
         outcome: Counts; those dropped in a full queue are not among the lines.
         samples: What is stored, in order (without seqs: the commit gives them).
     """
@@ -181,5 +182,6 @@ class Batch(msgspec.Struct):
     references: dict[str, bytes] = {}
     dead: list[DeadLetter] = []
     dead_lines: list[int] = []
+    deleted_letters: list[int] = []
     outcome: Outcome = msgspec.field(default_factory=Outcome)
     samples: Samples = msgspec.field(default_factory=Samples)
