@@ -6,13 +6,43 @@ cannot show: (key within the table, what is wrong, what to do).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import Meta
 
-__all__ = ["HttpSource", "JournalSource", "ModbusSource", "MqttSource", "OpcuaSource", "SourceFault"]
+from pipeline.units import Duration
+
+__all__ = [
+    "WORDS", "HttpSource", "JournalSource", "ModbusRegister", "ModbusSource", "MqttSource", "OpcuaNode",
+    "OpcuaSource", "RegisterType", "SourceFault",
+]  # fmt: skip
 
 SourceFault = tuple[str, str, str]
+
+EventSource = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?:[a-z0-9][a-z0-9._-]{0,63})?$(?!\n)",
+        title="a name of a-z, 0-9, dot, underscore and dash, at most 64, in quotes",
+    ),
+]
+ValueTag = Annotated[str, Meta(min_length=1, max_length=64)]
+ValueUnit = Annotated[str, Meta(max_length=16)]
+RegisterType = Literal[
+    "bool", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"
+]  # fmt: skip
+WORDS: Final[dict[str, int]] = {
+    "bool": 1, "int16": 1, "uint16": 1, "int32": 2, "uint32": 2, "float32": 2, "int64": 4, "uint64": 4,
+    "float64": 4,
+}  # fmt: skip
+"""How many registers each type takes."""
+_NODE_ID: Final = re.compile(
+    r"(?:ns=\d{1,5};|nsu=[^;]+;)?(?:i=\d{1,10}|s=.+|g=[0-9A-Fa-f-]{36}|b=[A-Za-z0-9+/=]+)", re.DOTALL
+)
 
 
 class MqttSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,20 +61,214 @@ class HttpSource(msgspec.Struct, frozen=True, kw_only=True):
         return iter(())
 
 
+class OpcuaNode(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of one node's values."""
+
+    tag: ValueTag
+    """Name of the value in its reading."""
+    source: EventSource = ""
+    """Source of the events; empty is the source that this table belongs to. Values of one source with the
+    same time, in the same message from the server, become one reading."""
+    unit: ValueUnit = ""
+    """Unit of the value, as in "bar"."""
+    text: bool = False
+    """Make text events of the values: for nodes that hold messages. Without it a value that is no number is
+    refused."""
+    deadband: Annotated[float, Meta(ge=0)] = 0.0
+    """The server reports a change only when it is larger than this; 0 reports every change. Not all servers
+    and nodes can."""
+
+
 class OpcuaSource(msgspec.Struct, frozen=True, kw_only=True):
     """An OPC UA server whose nodes are subscribed to."""
 
+    url: Annotated[str, Meta(min_length=1)]
+    """The server, as in "opc.tcp://10.0.0.5:4840"."""
+    nodes: dict[str, OpcuaNode]
+    """Node id -> what its values become, as in { "ns=2;s=Pump1.Pressure" = { tag = "pressure", source =
+    "pump-1", unit = "bar" } }. "nsu=URI;s=NAME" finds the namespace by its URI."""
+    security: Literal["none", "sign", "sign_and_encrypt"] = "sign_and_encrypt"
+    """"sign" and "sign_and_encrypt" use Basic256Sha256 and need cert_file and key_file; "none" sends and
+    believes everything in clear: only in a network that you trust."""
+    cert_file: str = ""
+    """This client's certificate, PEM or DER; the server must be told to trust it. Relative to this
+    configuration file."""
+    key_file: str = ""
+    """Its private key, PEM or DER."""
+    server_cert_file: str = ""
+    """The server's certificate, PEM or DER: no other is accepted. Empty takes whatever certificate the server
+    shows, which keeps listeners out, but not somebody who stands between."""
+    username: str = ""
+    """User to log in as; empty is anonymous."""
+    password: str = ""
+    """Their password, as in "${cred:opcua}"."""
+    plain_password: bool = False
+    """Allow the password to be sent in clear text, to a server that offers nothing else."""
+    publishing_interval: Duration = Duration(1)
+    """The server sends what changed so often."""
+    sampling_interval: Duration = Duration(0)
+    """The server looks at each node so often; "0s" is once a publishing interval."""
+    queue_size: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    """The server keeps so many values of a node while they cannot be sent; what it drops beyond that is
+    counted as gaps, where the server says so."""
+    timeout: Duration = Duration(4)
+    """A server that does not answer for so long is taken for gone."""
+    bad_values: Literal["count", "refuse"] = "count"
+    """A value that the server itself calls bad is never stored: "count" counts it, "refuse" makes it a dead
+    letter with the server's reason as well."""
+
     def faults(self) -> Iterator[SourceFault]:
         """What does not fit."""
-        return iter(())
+        yield from self._faults_of_the_server()
+        if not self.nodes:
+            yield (
+                "nodes",
+                "no node: there is nothing to subscribe to",
+                'as in "ns=2;s=Name" = { tag = "name" }',
+            )
+        for node in self.nodes:
+            if not _NODE_ID.fullmatch(node):
+                yield (
+                    "nodes",
+                    f'"{node}" is no node id',
+                    'write it as in "ns=2;s=Pump1.Pressure" or "ns=2;i=7"',
+                )
+        yield from _repeated(
+            "nodes", ((node.source, node.tag) for node in self.nodes.values() if not node.text)
+        )
+        for key in ("publishing_interval", "timeout"):
+            if getattr(self, key) <= 0:
+                yield key, "expected more than 0", 'as in "1s"'
+
+    def _faults_of_the_server(self) -> Iterator[SourceFault]:
+        parts = urlsplit(self.url)
+        if parts.scheme != "opc.tcp" or not parts.hostname:
+            yield "url", "no address of an OPC UA server", 'write it as in "opc.tcp://10.0.0.5:4840"'
+        elif "@" in parts.netloc:
+            yield "url", "holds a user or a password", "move them to username and password"
+        for key in ("cert_file", "key_file"):
+            if self.security != "none" and not getattr(self, key):
+                hint = 'name it, or set security = "none" in a network that you trust'
+                yield key, f'missing; security "{self.security}" needs it', hint
+        for key in ("cert_file", "key_file", "server_cert_file"):
+            if self.security == "none" and getattr(self, key):
+                yield key, 'has no effect with security "none"', "remove it, or set security"
+        if self.password and not self.username:
+            yield "password", "has no effect without username", "add username"
+
+
+class ModbusRegister(msgspec.Struct, frozen=True, kw_only=True):
+    """One value in a device's memory."""
+
+    tag: ValueTag
+    """Name of the value in its reading."""
+    address: Annotated[int, Meta(ge=0, le=65_535)]
+    """Address as it goes over the wire, from 0: what manuals call 40001 is address 0 of table "holding"."""
+    table: Literal["holding", "input", "coil", "discrete"] = "holding"
+    """Holding registers, input registers, coils or discrete inputs."""
+    type: RegisterType | None = None
+    """What the registers hold; by default "uint16", and "bool" of coils and discrete inputs. 32 bits take two
+    registers, 64 bits four; "bool" of a register is one of its bits."""
+    bit: Annotated[int, Meta(ge=0, le=15)] = 0
+    """For "bool" of a register: which bit, 0 is the lowest."""
+    word_order: Literal["big", "little"] = "big"
+    """Which register of several comes first: "big" that with the highest bits."""
+    byte_order: Literal["big", "little"] = "big"
+    """Which byte of a register comes first; "big" is the standard."""
+    scale: float = 1.0
+    """The value is register * scale + offset."""
+    offset: float = 0.0
+    """Added after scaling."""
+    unit: ValueUnit = ""
+    """Unit of the value, as in "bar"."""
+    source: EventSource = ""
+    """Source of the events; empty is the source that this table belongs to. All values of one source that a
+    poll reads become one reading."""
+    device: Annotated[int, Meta(ge=0, le=255)] | None = None
+    """Unit id of the device; by default that of the table."""
+
+    @property
+    def holds(self) -> RegisterType:
+        """The type, filled in."""
+        return self.type or ("bool" if self.is_bit else "uint16")
+
+    @property
+    def is_bit(self) -> bool:
+        """Whether its table is one of bits."""
+        return self.table in ("coil", "discrete")
 
 
 class ModbusSource(msgspec.Struct, frozen=True, kw_only=True):
-    """A Modbus device that is polled."""
+    """Modbus devices that are polled, over TCP or a serial line. What changes between two polls is not seen:
+    each value is read at most once."""
+
+    registers: tuple[ModbusRegister, ...]
+    """What to read, as in [[sources.modbus.registers]] with tag, address, type, scale, unit. Neighbours are
+    read in one request."""
+    host: str = ""
+    """Name or address of the device or gateway, for Modbus TCP."""
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 502
+    """Its TCP port."""
+    rtu_over_tcp: bool = False
+    """The TCP port speaks RTU frames: for simple serial converters."""
+    serial: str = ""
+    """Serial port instead of a host, as in "/dev/ttyUSB0": Modbus RTU."""
+    baud: Annotated[int, Meta(ge=300, le=4_000_000)] = 19_200
+    """Bits a second of the serial line."""
+    parity: Literal["even", "odd", "none"] = "even"
+    """Parity of the serial line."""
+    stop_bits: Annotated[int, Meta(ge=1, le=2)] = 1
+    """Stop bits of the serial line; without parity devices often want 2."""
+    device: Annotated[int, Meta(ge=0, le=255)] = 1
+    """Unit id of the device."""
+    interval: Duration = Duration(1)
+    """Poll so often, at a fixed rate. A poll that takes longer leaves out those it overruns, counted as
+    skipped."""
+    timeout: Duration = Duration(1)
+    """A request that is not answered for so long has failed."""
+    retries: Annotated[int, Meta(ge=0, le=10)] = 1
+    """Ask a device that did not answer so many times more, at each poll."""
+    max_gap: Annotated[int, Meta(ge=0, le=124)] = 8
+    """Read over at most so many registers that are not asked for to save a request. A device that refuses
+    such a request gets two instead, from then on."""
+    max_registers: Annotated[int, Meta(ge=4, le=125)] = 125
+    """At most so many registers a request; 125 is the limit of the protocol, some devices want fewer."""
 
     def faults(self) -> Iterator[SourceFault]:
         """What does not fit."""
-        return iter(())
+        if bool(self.host) == bool(self.serial):
+            yield "host", "expected either host or serial", 'as in host = "10.0.0.7"'
+        if self.serial and self.rtu_over_tcp:
+            yield "rtu_over_tcp", "has no effect with serial", "remove it"
+        if not self.registers:
+            yield "registers", "no register: there is nothing to poll", 'as in { tag = "flow", address = 0 }'
+        for register in self.registers:
+            yield from self._faults_of(register)
+        yield from _repeated("registers", ((register.source, register.tag) for register in self.registers))
+        for key in ("interval", "timeout"):
+            if getattr(self, key) <= 0:
+                yield key, "expected more than 0", 'as in "1s"'
+
+    @staticmethod
+    def _faults_of(register: ModbusRegister) -> Iterator[SourceFault]:
+        at = f"{register.tag}: "
+        if register.is_bit and register.holds != "bool":
+            hint = 'leave type out, or use table = "holding"'
+            yield "registers", f'{at}table "{register.table}" holds bits, no {register.holds}', hint
+        if register.address + WORDS[register.holds] > 65_536:
+            yield "registers", f"{at}{register.holds} reaches beyond address 65535", "correct the address"
+        if register.scale == 0:
+            yield "registers", f"{at}scale 0 makes every value the same", "leave it out, or correct it"
+
+
+def _repeated(key: str, tags: Iterable[tuple[str, str]]) -> Iterator[SourceFault]:
+    """A tag that would stand in the same reading twice."""
+    seen: set[tuple[str, str]] = set()
+    for source, tag in tags:
+        if (source, tag) in seen:
+            where = f'of source "{source}" ' if source else ""
+            yield key, f'tag "{tag}" {where}is there twice', "give each a tag of its own"
+        seen.add((source, tag))
 
 
 class JournalSource(msgspec.Struct, frozen=True, kw_only=True):
