@@ -93,15 +93,16 @@ class RingSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The crash-safe buffer of samples."""
 
     max_bytes: Size = Size.parse("256MiB")
-    """Size of the ring on disk. It is allocated whole when the data folder is made, so it never fills the
-    disk; the oldest samples are evicted when it is three quarters full."""
+    """Size of the ring on disk, of each ingest process's own: with ingest.processes = 2 twice as much in all.
+    It is allocated whole when it is made and never changes, so it never fills the disk; the oldest samples
+    are evicted when it is three quarters full."""
     max_age: Duration = Duration(0)
     """Evict samples older than this, in stream time; "0s" keeps them until space is needed."""
     profile: Literal["standard", "eco"] = "standard"
     """How gently the flash is treated: "eco" commits every 10 seconds where flush_ms is not set, and writes
     the time of a silent stream every 5 minutes instead of every minute."""
     flush_ms: Annotated[int, Meta(ge=10, le=60_000)] = 2000
-    """An event waits at most this many milliseconds for its commit; at 1,000 events or 1 MiB (a 64th of a
+    """An event waits at most this many milliseconds for its commit; at 4,000 events or 1 MiB (a 64th of a
     ring below 64 MiB) it comes at once. Each commit writes about 24 KB to flash: at 2000 that is 1 GB a day
     at most, at 10000, the default of profile "eco", a third, at 100 it is 20."""
 
@@ -110,8 +111,9 @@ class DedupSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How far back a repeated event is recognized."""
 
     horizon_events: Annotated[int, Meta(ge=0, le=10_000_000)] = 200_000
-    """So many events back are remembered, 24 bytes of memory each, taken at the start; 0 switches all
-    deduplication off."""
+    """So many events back are remembered by each ingest process, 24 bytes of memory each, taken at the start,
+    and at most twice that where other processes stored events before it began; 0 switches all deduplication
+    off."""
 
 
 class Render(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +162,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     queue."""
     burst: Annotated[float, Meta(ge=0)] = 0.0
     """With rate: so many may come at once after a pause; 0 is a second's worth."""
+    shard: Annotated[int, Meta(ge=0, le=64)] = 0
+    """With ingest.processes above 1: the ingest process that reads this source, from 1; 0 gives the sources
+    to them in turn, in the order of this file."""
     queue: Annotated[int, Meta(ge=1, le=1_000_000)] = 8_192
     """So many events of this source may wait for a commit (and at most 2 MiB of them)."""
     when_full: Literal["block", "drop_oldest", "drop_newest"] = "block"
@@ -210,7 +215,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The process that reads the sources."""
 
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
-    """Independent ingest processes, each with a ring of its own. This version runs one."""
+    """Independent ingest processes, each with its share of the sources and a ring of its own: one that dies
+    or hangs costs the others nothing, and each can use a core. Sources go to them in turn, or where their
+    `shard` says. Change it only while Edgewater is stopped; nothing is lost or stored twice then, and what a
+    process that is gone has stored stays. Windows, requests and limits are each process's own."""
 
 
 class TriggerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -275,7 +283,8 @@ class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where /livez, /readyz, /metrics and /version answer."""
 
     listen: str = "127.0.0.1:9464"
-    """Loopback address and port; empty switches them off. They are read-only, without a password, and so
+    """Loopback address and port of the first ingest process, each further one has the next port; empty
+    switches them off. They are read-only, without a password, and so
     never leave the box: put a reverse proxy with one in front to read them from elsewhere."""
 
 

@@ -140,7 +140,7 @@ rank = 1
         (SOURCE + SOURCE.replace("cmms", "b"), "sources[1].kind", 6),
         (SOURCE + 'path = "x"\n', "sources[0].path", 4),
         (SOURCE.replace("stdin", "files"), "sources[0].path", 1),
-        (SOURCE.replace("stdin", "mqtt"), "sources[0].kind", 3),
+        (SOURCE.replace("stdin", "kafka"), "sources[0].kind", 3),
         (SOURCE.replace("cmms", "../x"), "sources[0].name", 2),
         (SOURCE.replace('"cmms"', '"cmms\\n"'), "sources[0].name", 2),
         ('[[sources]]\nkind = "stdin"\n', "sources[0].name", 1),
