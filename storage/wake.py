@@ -8,14 +8,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["Waker", "wake"]
+__all__ = ["Waker", "socket_address", "wake"]
 
 
 def wake(run_folder: Path) -> None:
     """Tell whoever waits on this data folder to look now; nobody waiting is no error."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
         sock.setblocking(False)
-        with _address(run_folder) as address:
+        with socket_address(run_folder, "wake.sock") as address:
             sock.sendto(b"1", address)
 
 
@@ -26,7 +26,7 @@ class Waker:
         path = run_folder / "wake.sock"
         path.unlink(missing_ok=True)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with _address(run_folder) as address:
+        with socket_address(run_folder, "wake.sock") as address:
             self._sock.bind(address)
 
     def wait(self, timeout_s: float) -> None:
@@ -45,10 +45,10 @@ class Waker:
 
 
 @contextlib.contextmanager
-def _address(run_folder: Path) -> Iterator[str]:
+def socket_address(folder: Path, name: str) -> Iterator[str]:
     """A path short enough for a socket address (108 bytes), however deep the data folder lies."""
-    fd = os.open(run_folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/wake.sock"
+        yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
