@@ -319,7 +319,17 @@ def _absolute(config: Config, folder: Path) -> Config:
     if model.path != EMBEDDED_MODEL:
         model = msgspec.structs.replace(model, path=str(folder / model.path))
     sources = tuple(
-        msgspec.structs.replace(source, path=str(folder / source.path)) if source.path else source
+        _absolute_journal(
+            msgspec.structs.replace(source, path=str(folder / source.path)) if source.path else source, folder
+        )
         for source in config.sources
     )
     return msgspec.structs.replace(config, model=model, sources=sources)
+
+
+def _absolute_journal(source: Source, folder: Path) -> Source:
+    journal = source.journal
+    if journal is None or not journal.directory:
+        return source
+    journal = msgspec.structs.replace(journal, directory=str(folder / journal.directory))
+    return msgspec.structs.replace(source, journal=journal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from typing import Any, Final
@@ -50,6 +51,7 @@ def check(config: Config, raw: dict[str, Any], decoder: Decoder, require_sources
     _check_sources(config, raw, decoder)
     _check_redact(config, decoder)
     _check_sizes(config, decoder)
+    _check_shards(config, decoder)
     for table, listen in (("health", config.health.listen), ("serve", config.serve.listen)):
         try:
             address(listen)
@@ -66,6 +68,7 @@ def _check_sources(config: Config, raw: dict[str, Any], decoder: Decoder) -> Non
     for index, source in zip(decoder.kept.get(("sources",), ()), config.sources, strict=True):
         _check_render(source, ("sources", index, "render"), decoder)
         _check_table(source, ("sources", index), decoder)
+        _check_format(source, ("sources", index), decoder)
     names: dict[str, int] = {}
     stdin: int | None = None
     listed = raw.get("sources")
@@ -100,6 +103,21 @@ def _check_table(source: Source, at: KeyPath, decoder: Decoder) -> None:
         elif table is not None and decoder.is_sound((*at, kind)):
             for key, message, hint in table.faults():
                 decoder.fault((*at, kind, key), message, hint)
+
+
+def _check_format(source: Source, at: KeyPath, decoder: Decoder) -> None:
+    """Check that a source has no settings of another format, and that those of its own fit together."""
+    if source.kind != "files" and source.format != "jsonl" and decoder.is_sound((*at, "format")):
+        decoder.fault((*at, "format"), f'kind "{source.kind}" has no format', "remove it")
+    for key, form, table in (("csv", "csv", source.csv), ("pattern", "lines", source.pattern)):
+        if table is None or not decoder.is_sound((*at, key)):
+            continue
+        if source.format != form:
+            message = f'has no effect for format "{source.format}"'
+            decoder.fault((*at, key), message, f'remove it, or set format = "{form}"')
+        for name, message, hint in table.faults():
+            if decoder.is_sound((*at, key, name)):
+                decoder.fault((*at, key, name), message, hint)
 
 
 def _check_render(source: Source, at: KeyPath, decoder: Decoder) -> None:
@@ -156,6 +174,19 @@ def _check_sizes(config: Config, decoder: Decoder) -> None:
     for key, tokens in ((keys[2], trigger.min_tokens), (("update", "max_tokens"), update.max_tokens)):
         if decoder.is_sound(key, row) and tokens < update.row_tokens:
             decoder.fault(key, "less than one row", f"at least update.row_tokens, {update.row_tokens}")
-    if decoder.is_sound(("ingest", "processes")) and config.ingest.processes > 1:
-        hint = "set it to 1, or run one instance a data folder"
-        decoder.fault(("ingest", "processes"), "this version runs one ingest process", hint)
+
+
+def _check_shards(config: Config, decoder: Decoder) -> None:
+    """Check that the ingest processes that are named exist, and that each finds a port."""
+    processes = config.ingest.processes
+    if not decoder.is_sound(("ingest", "processes")):
+        return
+    for index, source in zip(decoder.kept.get(("sources",), ()), config.sources, strict=True):
+        if source.shard > processes and decoder.is_sound(("sources", index, "shard")):
+            message = f"there is no ingest process {source.shard}"
+            decoder.fault(("sources", index, "shard"), message, f"at most ingest.processes, {processes}")
+    with contextlib.suppress(ValueError):
+        found = address(config.health.listen)
+        if found and found[1] + processes - 1 > 65535:
+            message = f"leaves no port for each of {processes} ingest processes"
+            decoder.fault(("health", "listen"), message, f"at most port {65536 - processes}")

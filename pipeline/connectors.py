@@ -47,8 +47,9 @@ def _make(source: Source, finite: bool) -> Connector:
     match source.kind:
         case "files":
             from pipeline.sources.files import FilesConnector
+            from pipeline.sources.formats import shaper_for
 
-            return FilesConnector(source.name, source.path, finite=finite)
+            return FilesConnector(source.name, source.path, shaper_for(source), finite=finite)
         case "stdin":
             from pipeline.sources.stdin import StdinConnector
 

@@ -13,6 +13,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from pipeline.format_settings import CsvFormat, PatternFormat
 from pipeline.source_settings import HttpSource, JournalSource, ModbusSource, MqttSource, OpcuaSource
 from pipeline.units import Duration, Size
 
@@ -143,10 +144,15 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     "modbus" polls registers; "journal" follows the systemd journal. All but the first two have a table of
     their own, as in [sources.mqtt]."""
     path: str = ""
-    """For kind "files": a file, or a pattern with * ? [ ] and ** for many. Relative to this configuration
-    file."""
-    format: Literal["jsonl"] = "jsonl"
-    """Shape of the input: one JSON event a line."""
+    """For kind "files": a file, a folder (all files in it but hidden ones, also those that come), or a pattern
+    with * ? [ ] and ** for many. Relative to this configuration file. Symbolic links are followed only where
+    the path names one itself, without wildcards."""
+    format: Literal["jsonl", "csv", "lines"] = "jsonl"
+    """For kind "files": "jsonl" one JSON event a line, "csv" rows under a header, "lines" log lines."""
+    csv: CsvFormat | None = None
+    """For format "csv"; may be left out."""
+    pattern: PatternFormat | None = None
+    """For format "lines"; may be left out: every line is then a text."""
     mqtt: MqttSource | None = None
     """For kind "mqtt"."""
     http: HttpSource | None = None

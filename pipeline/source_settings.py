@@ -272,8 +272,34 @@ def _repeated(key: str, tags: Iterable[tuple[str, str]]) -> Iterator[SourceFault
 
 
 class JournalSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The systemd journal of this machine."""
+    """The systemd journal, through journalctl; it may be missing, and is then looked for again."""
+
+    directory: str = ""
+    """Folder of journal files, relative to this configuration file, such as those of other machines that
+    systemd-journal-remote receives; empty is the journal of this machine."""
+    units: tuple[str, ...] = ()
+    """Only these units, as in "nginx.service" or "app-*"; empty is all."""
+    identifiers: tuple[str, ...] = ()
+    """Only messages with these syslog identifiers; empty is all."""
+    priority: Literal["emerg", "alert", "crit", "err", "warning", "notice", "info", "debug"] = "info"
+    """Only messages as important as this or more."""
+    since: Literal["now", "boot", "all"] = "now"
+    """Where the first start begins: with what comes from now on, with this boot, or with all that is kept.
+    Later starts go on where the last commit was."""
+    template: str = "{SYSLOG_IDENTIFIER}: {MESSAGE}"
+    """Text of a message, with {FIELD} where a field of the journal goes; one that a message lacks is left
+    empty."""
+    unit_as_source: bool = False
+    """Whether a message's source is its unit, as in "nginx.service", instead of this source's name."""
 
     def faults(self) -> Iterator[SourceFault]:
         """What does not fit."""
-        return iter(())
+        from pipeline.sources.journal import template_fields
+
+        try:
+            template_fields(self.template)
+        except ValueError as error:
+            yield "template", "not a template", str(error)
+        for key, words in (("units", self.units), ("identifiers", self.identifiers)):
+            if any(not word or "\0" in word for word in words):
+                yield key, "holds an empty text", "take it out, or name one"

@@ -1,4 +1,4 @@
-"""Files of JSON lines, followed like `tail -F` through rotation; `.zst` files too.
+"""Files of lines (JSON, CSV, logs), followed like `tail -F` through rotation; `.zst` files too.
 
     at the end of a file    its path now names         then
     plain, following        the same file              wait
@@ -22,24 +22,18 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from pipeline.events import Line, Origin
 from pipeline.settings import Config, Source
+from pipeline.sources.formats import JsonLines, Shaper
 from pipeline.sources.inbox import Chunk, Inbox, ReaderThread, Settled
-from pipeline.sources.tail import (
-    FilePosition,
-    Identity,
-    Tail,
-    has_content_of,
-    identity_of,
-    names,
-    open_regular,
-    str_of,
-)
+from pipeline.sources.lines import READ_BYTES
+from pipeline.sources.reach import Identity, Reach
+from pipeline.sources.tail import FilePosition, Tail, has_content_of, names, str_of
 
 __all__ = ["FilePosition", "FilesConnector", "unmatched_sources"]
 
@@ -47,6 +41,7 @@ POLL_S = 0.25
 PIECES = 32  # of a file in a row, 1 MiB: between them the names of all files are looked at
 MAX_OPEN = 200  # files at a time; beyond it those that wait are closed until they grow
 MAX_NAME_BYTES = 400  # an LMDB key has 511
+MAX_COMPLAINTS = 1_000  # names in a folder that others may fill
 log = logging.getLogger("edgewater.files")
 
 
@@ -55,15 +50,25 @@ class FilesConnector:
 
     Args:
         source: Name of the configured source.
-        pattern: A path, or a glob with ** for any depth.
+        pattern: A path, a folder (all files in it but hidden ones), or a glob with ** for any depth.
+        shaper: Makes what makes events of the lines of one file.
         finite: End when every file is read to its end, instead of following.
         timed: Take stream time from the events' own `ts` (plain lines of a replay).
     """
 
-    def __init__(self, source: str, pattern: str, *, finite: bool = False, timed: bool = False) -> None:
+    def __init__(
+        self,
+        source: str,
+        pattern: str,
+        shaper: Callable[[], Shaper] = JsonLines,
+        *,
+        finite: bool = False,
+        timed: bool = False,
+    ) -> None:
         self.name = f"files:{source}"
         self._source = source
-        self._pattern = pattern
+        self._reach = Reach(pattern)
+        self._make_shaper = shaper
         self._finite = finite
         self._timed = timed
         self._thread = ReaderThread()
@@ -121,10 +126,9 @@ class FilesConnector:
 
     def _look(self) -> None:
         """See which files match, and let those that were renamed go on under their new names."""
-        here: dict[Identity, str] = {}
-        for path in sorted(glob.glob(self._pattern, recursive=True)):  # noqa: PTH207 - absolute patterns
-            if (identity := identity_of(path)) is not None:
-                here.setdefault(identity, path)
+        here, odd = self._reach.files()
+        for path, why in odd.items():
+            self._complain(path, OSError(why))
         self._settled, self._here = here == self._here, here
         if not self._settled:
             return
@@ -140,7 +144,7 @@ class FilesConnector:
             row, tail = newest.get(identity), self._tails.get(identity)
             if tail is not None:
                 tail.path = path
-            if row is not None and (tail is not None or names(row, path)):
+            if row is not None and (tail is not None or names(row, path, self._reach)):
                 renamed[self._input(path)] = row
         if renamed:  # in one commit: a row of theirs may be where another must go
             self._move(renamed)
@@ -160,7 +164,7 @@ class FilesConnector:
 
     def _at_end(self, tail: Tail) -> bool:
         """Decide what an end of file means (the table above). Returns: whether reading goes on elsewhere."""
-        present = identity_of(tail.path)
+        present = self._reach.identity_of(tail.path)
         rotated = present not in (tail.identity, None)
         if tail.packed or (self._finite and not rotated):
             self._leave_done(tail)
@@ -179,9 +183,9 @@ class FilesConnector:
         return True
 
     def _leave_done(self, tail: Tail) -> None:
-        """Leave a file alone until it grows; a last line that is no whole JSON may yet be completed."""
+        """Leave a file alone until it grows; a last line that is not whole may yet be completed."""
         last = tail.splitter.finish()
-        if not tail.broken and all(_is_json(data) for _, data in last):
+        if not tail.broken and all(tail.shaper.is_whole(data) for _, data in last):
             self._send(tail, last)
         self._done[tail.identity] = tail.size
         self._close(tail)
@@ -190,7 +194,9 @@ class FilesConnector:
         """Begin the new content, after the rest of the old one if somebody copied it."""
         log.info("%s was truncated: reading it from its start", tail.path)
         known = self._rows.get(self._input(tail.path))
-        copy = next((p for p in _siblings(tail.path) if known and has_content_of(p, known)), None)
+        copy = next(
+            (p for p in _siblings(tail.path) if known and has_content_of(p, known, self._reach)), None
+        )
         if copy is not None and known is not None:
             self._close(tail)
             self._open(tail.path, copy, known)
@@ -216,7 +222,7 @@ class FilesConnector:
         if identity in self._done and (self._finite or self._done[identity] == _size(path)):
             return False
         row = self._rows.get(self._input(path))
-        if row is None or names(row, path):
+        if row is None or names(row, path, self._reach):
             return self._open(path, path, row, identity)
         if not self._readable(path):
             return False  # and so it is not known what it holds
@@ -229,8 +235,8 @@ class FilesConnector:
                 return False
         elif before is None:
             places = [*_siblings(path), *self._here.values()]
-            renamed = next((place for place in places if names(row, place)), None)
-            copies = (place for place in (path, *places) if row.offset and has_content_of(place, row))
+            renamed = next((place for place in places if names(row, place, self._reach)), None)
+            copies = (p for p in (path, *places) if row.offset and has_content_of(p, row, self._reach))
             if rest := renamed or next(copies, None):
                 return self._open(path, rest, row, row.identity if renamed else None)
             log.warning("%s: the file read so far is gone; reading the present one from its start", path)
@@ -248,7 +254,7 @@ class FilesConnector:
             self._done[idle.identity] = idle.reached  # not its size now: it may just have grown
             self._close(idle)
         try:
-            tail = Tail(target, known, finite=self._finite)
+            tail = Tail(target, known, self._reach, self._make_shaper(), finite=self._finite)
         except OSError as error:
             return self._complain(target, error)
         if tail.identity in self._tails or expected not in (tail.identity, None):
@@ -263,13 +269,16 @@ class FilesConnector:
 
     def _readable(self, path: str) -> bool:
         try:
-            open_regular(path).close()
+            self._reach.open(path).close()
         except OSError as error:
             return self._complain(path, error)
         return True
 
     def _complain(self, path: str, error: OSError) -> bool:
-        if not isinstance(error, FileNotFoundError) and self._complaints.get(path) != str(error):
+        known = self._complaints.get(path)
+        if isinstance(error, FileNotFoundError) or known == str(error):
+            return False
+        if known is not None or len(self._complaints) < MAX_COMPLAINTS:
             self._complaints[path] = str(error)
             log.warning("%s cannot be read: %s", path, error)
         return False
@@ -290,11 +299,14 @@ class FilesConnector:
     def _send(self, tail: Tail, lines: list[tuple[int, bytes]]) -> None:
         if not lines:
             return
-        name, position = self._input(tail.path), tail.position()
-        self._rows[name] = position
+        name = self._input(tail.path)
         origin = Origin(self._source, name, 0.0 if self._timed else time.time(), self._timed, tail.began)
-        rows = {name: msgspec.msgpack.encode(position)}
-        self._put(Chunk(self, [Line(data, at, origin) for at, data in lines], rows))
+        shaped, skipped = tail.shaper.shape(lines, origin, tail.first_line)
+        if skipped:
+            self._inbox.state(self).count("skipped", skipped)
+        for group, end in _groups(shaped, tail.splitter.offset):
+            position = self._rows[name] = tail.position(end)
+            self._put(Chunk(self, group, {name: msgspec.msgpack.encode(position)}))
 
     def _move(self, rows: Mapping[str, FilePosition | None]) -> None:
         """Commit positions without lines; None forgets an input."""
@@ -310,7 +322,23 @@ class FilesConnector:
 def unmatched_sources(config: Config) -> list[Source]:
     """Sources whose pattern matches no file at present."""
     sources = (source for source in config.sources if source.kind == "files")
-    return [source for source in sources if not glob.glob(source.path, recursive=True)]  # noqa: PTH207
+    return [source for source in sources if not Reach(source.path).files()[0]]
+
+
+def _groups(lines: list[Line], end: int) -> Iterator[tuple[list[Line], int]]:
+    """Cut lines into chunks: an event may be many times as long as the line that it was made of.
+
+    Yields: (lines, where reading goes on after them); a position alone where no line is left.
+    """
+    group: list[Line] = []
+    size = 0
+    for line in lines:
+        if size >= READ_BYTES:
+            yield group, line.offset
+            group, size = [], 0
+        group.append(line)
+        size += len(line.data)
+    yield group, end
 
 
 def _siblings(path: str) -> list[str]:
@@ -322,11 +350,3 @@ def _size(path: str) -> int:
         return Path(path).stat().st_size
     except OSError:
         return 0
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return False
-    return True

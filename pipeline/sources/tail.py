@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 import os
-import stat
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -14,21 +13,13 @@ from typing import BinaryIO
 import msgspec
 import zstandard
 
+from pipeline.sources.formats import Shaper
 from pipeline.sources.lines import MAGIC_BYTES, READ_BYTES, LineSplitter, open_stream
+from pipeline.sources.reach import Identity, Reach
 
-__all__ = [
-    "FilePosition",
-    "Identity",
-    "Tail",
-    "has_content_of",
-    "identity_of",
-    "names",
-    "open_regular",
-    "str_of",
-]
+__all__ = ["FilePosition", "Tail", "has_content_of", "names", "str_of"]
 
 HEAD_BYTES = 4_096
-Identity = tuple[int, int]  # device, inode
 log = logging.getLogger("edgewater.files")
 
 
@@ -64,20 +55,28 @@ class Tail:
     Args:
         target: The file; anything but a regular file is an OSError.
         known: Where to go on, None at its start.
+        reach: What opens it.
+        shaper: Makes events of its lines.
         finite: Nobody will come and complete the file: damage is an error instead of a wait.
 
     Attributes:
         path: The name that it is followed under, which may be another file's by now.
+        shaper: As given; what it knows (the header) is of this file.
+        first_line: First line of content before the position it was opened at, b"" if opened at the start.
         identity, size: The file, and its size when it was opened.
         packed: Whether it is zstd; known after the first read.
         leaving: Its successor was seen; it is read to its end once more.
         waiting: Its end was reached, and may move.
     """
 
-    def __init__(self, target: str, known: FilePosition | None, *, finite: bool) -> None:
+    def __init__(
+        self, target: str, known: FilePosition | None, reach: Reach, shaper: Shaper, *, finite: bool
+    ) -> None:
         self.path = target
+        self.shaper = shaper
+        self.first_line = b""
         self._finite = finite
-        self._raw = open_regular(target)
+        self._raw = reach.open(target)
         info = os.fstat(self._raw.fileno())
         self.identity: Identity = (info.st_dev, info.st_ino)
         self.size = info.st_size
@@ -121,9 +120,9 @@ class Tail:
         """Whether no name leads to the file any more."""
         return os.fstat(self._raw.fileno()).st_nlink == 0
 
-    def position(self) -> FilePosition:
-        """Where reading goes on after the lines given so far."""
-        offset = self.splitter.offset
+    def position(self, offset: int | None = None) -> FilePosition:
+        """Where reading goes on after the lines given so far, or at the line that begins at an offset."""
+        offset = self.splitter.offset if offset is None else offset
         head = self._head[: min(offset, HEAD_BYTES)]
         return FilePosition(*self.identity, offset, _hash(head), len(head), str_of(self.path), self.began)
 
@@ -143,37 +142,30 @@ class Tail:
         return stream
 
     def _skip(self, stream: BinaryIO, offset: int) -> None:
-        self._head = stream.read(min(offset, HEAD_BYTES)) if offset else b""
-        left = offset - len(self._head)
+        beginning = stream.read(min(offset, READ_BYTES)) if offset else b""
+        self._head = beginning[:HEAD_BYTES]
+        self.first_line = beginning.lstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r")
+        left = offset - len(beginning)
         if left > 0 and not self.packed:
             stream.seek(offset)
         while left > 0 and self.packed and (data := stream.read(min(left, 1 << 20))):
             left -= len(data)
 
 
-def identity_of(path: str | Path) -> Identity | None:
-    """Which file a path leads to, None if to none."""
-    try:
-        info = os.stat(path)  # noqa: PTH116 - of a text, four times a second
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
-
-
-def names(known: FilePosition, path: str | Path) -> bool:
+def names(known: FilePosition, path: str, reach: Reach) -> bool:
     """Whether a position is one in the file that a path leads to."""
-    return _identity_with(path, known) == known.identity
+    return _identity_with(path, known, reach) == known.identity
 
 
-def has_content_of(path: str | Path, known: FilePosition) -> bool:
+def has_content_of(path: str, known: FilePosition, reach: Reach) -> bool:
     """Whether a file begins as the one that a position names, and reaches to the position."""
-    return _identity_with(path, known) is not None
+    return _identity_with(path, known, reach) is not None
 
 
-def _identity_with(path: str | Path, known: FilePosition) -> Identity | None:
+def _identity_with(path: str, known: FilePosition, reach: Reach) -> Identity | None:
     """Which file a path leads to, if it has the content of a position: of one open file, not of two looks."""
     try:
-        with open_regular(path) as raw, open_stream(raw) as stream:
+        with reach.open(path) as raw, open_stream(raw) as stream:
             info = os.fstat(raw.fileno())
             if _hash(stream.read(known.head_bytes)) != known.head:
                 return None
@@ -186,16 +178,6 @@ def _identity_with(path: str | Path, known: FilePosition) -> Identity | None:
 def str_of(path: str | Path) -> str:
     """A path as text that can be encoded, whatever bytes it holds."""
     return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def open_regular(path: str | Path) -> io.FileIO:
-    """Open a file for reading. Raises: OSError, also if it is a folder, a pipe or a device."""
-    # Not blocking: to open a pipe would wait for its writer.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError("is no regular file")
-    return io.FileIO(fd)
 
 
 def _hash(head: bytes) -> bytes:
