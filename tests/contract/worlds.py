@@ -81,4 +81,15 @@ class WorldKind(msgspec.Struct, frozen=True):
 
 WORLDS: list[WorldKind] = [
     WorldKind("files", "world_files", networked=False),
+    WorldKind("csv", "world_csv", networked=False),
+    WorldKind("lines", "world_lines", networked=False),
+    WorldKind("folder", "world_folder", networked=False),
+    WorldKind(
+        "journal",
+        "world_journal",
+        needs=("journalctl", "/lib/systemd/systemd-journal-remote"),
+        networked=False,
+        takes_raw=False,
+    ),
+    WorldKind("modbus", "world_modbus", resumes=False, takes_raw=False),
 ]
