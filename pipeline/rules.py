@@ -16,7 +16,8 @@ from storage.windows import DeadLetter
 __all__ = ["SourceRules"]
 
 MAX_REMEMBERED = 4_096
-_ESCAPED = re.compile(rb"\\u00([2-7][0-9A-Fa-f])")  # what JSON can write as itself: a rule must see it
+# What JSON can write as itself, which a rule must see; and a backslash of its own, which begins no such thing.
+_ESCAPED = re.compile(rb"\\\\|\\u([0-9A-Fa-f]{4})")
 
 
 class SourceRules:
@@ -71,11 +72,19 @@ class SourceRules:
                 text = pattern.sub(replacement, text)
         return text
 
+    def redact_text(self, text: str) -> str:
+        """Take out of a text what any rule names, also one for other sources."""
+        return self._clean(text, None)
+
+    def redact_data(self, data: bytes) -> bytes:
+        """The same for bytes that need not be an event."""
+        text = _ESCAPED.sub(_unescape, data).decode(errors="surrogateescape")
+        return self._clean(text, None).encode(errors="surrogateescape")
+
     def _redact_letter(self, letter: DeadLetter) -> DeadLetter:
         # Every rule: whose event this was meant to be is not known. The reason may quote the input.
-        text = _ESCAPED.sub(_unescape, letter.data).decode(errors="surrogateescape")
-        data = self._clean(text, None).encode(errors="surrogateescape")
-        return msgspec.structs.replace(letter, data=data, reason=self._clean(letter.reason, None))
+        data, reason = self.redact_data(letter.data), self.redact_text(letter.reason)
+        return msgspec.structs.replace(letter, data=data, reason=reason)
 
     def _redact_event(self, event: Event, source: str) -> Event:
         match event:
@@ -99,8 +108,10 @@ class SourceRules:
 
 
 def _unescape(found: re.Match[bytes]) -> bytes:
-    char = bytes([int(found[1], 16)])
-    return found[0] if char in b'"\\' else char
+    code = int(found[1] or b"22", 16)
+    if code < 0x20 or 0xD800 <= code < 0xE000 or chr(code) in '"\\':
+        return found[0]
+    return chr(code).encode()
 
 
 def _deadband(source: Source) -> Deadband | None:
