@@ -120,9 +120,15 @@ def test_dead_letters_are_redacted_with_their_reasons(tmp_path: Path, refused: b
 
 
 def test_the_rest_of_a_dead_letter_stays_as_it_was(tmp_path: Path) -> None:
-    raw = b'\xff \xed\xa0\x80 {"a":"\\u0022 \\u005c \\n \\u00e9"'
+    raw = b'\xff \xed\xa0\x80 {"a":"\\u0022 \\u005c \\n \\u000a \\ud83d\\ude00 C:\\\\u0041"'
     (letter,) = rules(tmp_path, REDACT).redact(batch(raw)).dead
     assert letter.data == raw
+
+
+def test_a_rule_sees_letters_that_json_escaped(tmp_path: Path) -> None:
+    held = rules(tmp_path, '[[redact]]\npattern = "M\u00fcller|\u5c71"\nreplacement = "-"\n')
+    (letter,) = held.redact(batch(b'{"a":"M\\u00fcller, \\u5C71, caf\\u00e9"')).dead
+    assert letter.data == '{"a":"-, -, caf\u00e9"'.encode()
 
 
 def test_a_rule_for_some_sources_leaves_the_others_alone(tmp_path: Path) -> None:
