@@ -53,6 +53,10 @@ class BatchTokenizer:
         ids, offsets = self.encode_flat(texts)
         return [ids[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))]
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens written out."""
+        return str(self._tokenizer.decode(ids))
+
     def refusal(self, event: Event) -> str:
         """Why this base model cannot learn from an event, "" if it can."""
         if isinstance(event, Feedback) and event.correction is not None:
