@@ -21,6 +21,7 @@ from pipeline.config import Config
 from pipeline.connectors import queue_limits
 from pipeline.decode import decode
 from pipeline.dedup import Dedup, SeenHashes
+from pipeline.desk import Desk
 from pipeline.events import Batch
 from pipeline.flow import Step, build_flow
 from pipeline.health import IngestMetrics
@@ -92,7 +93,8 @@ def ingest(
         if metrics:
             metrics.attach(ring, registry)
         try:
-            _run(config, ring, tokenizer, connectors, options, stop, recorder, registry, decided, metrics)
+            desk = Desk(config, tokenizer, ring, folder.run, SHARD)
+            _run(config, ring, tokenizer, connectors, options, stop, recorder, registry, decided, metrics, desk)
         finally:
             if metrics:
                 metrics.attach(None, None)
@@ -110,6 +112,7 @@ def _run(
     registry: Registry,
     decided: Callable[[list[ClosedWindow]], None],
     metrics: IngestMetrics | None,
+    desk: Desk,
 ) -> None:
     inbox = Inbox({f"{source.kind}:{source.name}": queue_limits(source) for source in config.sources})
     limits = limits_for(ring.map_bytes, config.ring.flush_ms / 1_000)
@@ -125,12 +128,14 @@ def _run(
     )  # fmt: skip
 
     def commit_and_look(batch: Batch) -> Committed:
+        batch = desk.prepared(batch)
         committed = commit(batch)
+        desk.committed(batch, committed)
         watch.look()
         return committed
 
     faults: list[BaseException] = []
-    steps = build_steps(config, ring, tokenizer, recorder)
+    steps = desk.watching(build_steps(config, ring, tokenizer, recorder))
     flow = build_flow(
         inbox=inbox,
         assembler=Assembler(inbox, limits, finite=options.finite),
@@ -141,14 +146,15 @@ def _run(
         max_events=options.max_events,
     )
     positions = ring.named("p")
-    for connector in connectors:
-        connector.start(inbox, positions)
-    try:
-        run_main(flow)  # type: ignore[no-untyped-call]
-    finally:
-        inbox.closed.set()
+    with desk.serving(inbox):
         for connector in connectors:
-            connector.stop()
+            connector.start(inbox, positions)
+        try:
+            run_main(flow)  # type: ignore[no-untyped-call]
+        finally:
+            inbox.closed.set()
+            for connector in connectors:
+                connector.stop()
     if faults:
         raise faults[0]
     if inbox.fault is not None:
