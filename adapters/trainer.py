@@ -95,6 +95,7 @@ class Trainer:
         self._settings = settings
         self._progress = progress
         self._key = versions.SigningKey.open_or_create(folder.keys)
+        self._served = ""
         self._rings: dict[str, Ring] = {}
         self._files: dict[str, int] = {}  # shard -> inode of its data file
         self._digest = _settings_digest(manifest, settings)
@@ -143,18 +144,25 @@ class Trainer:
 
     def step(self, stop: threading.Event) -> bool:
         """Move one update by one arrow. Returns: whether there was anything to do."""
-        for shard in self._shards():
+        for shard in self._in_turn():
             row = self._current(shard)
             if row is not None:
                 self._advance(row, stop)
+                self._served = shard
                 return True
         return False
 
-    def _shards(self) -> list[str]:
-        if not self._folder.ring.is_dir():
-            return []
-        # A name with a dot is one being made, or a backup (`main.v1`).
-        return sorted(p.name for p in self._folder.ring.iterdir() if "." not in p.name)
+    def _in_turn(self) -> list[str]:
+        """Shards: the one whose update is under way, then those after the one that was served last.
+
+        An update is decided before another begins, because that one's parent is its outcome; and a shard
+        where windows never cease to be due does not keep the others from their turn.
+        """
+        shards = self._folder.shards()
+        newest = {row.shard: row for row in self._registry.updates()}
+        under_way = [shard for shard in shards if shard in newest and not newest[shard].decided]
+        after = shards.index(self._served) + 1 if self._served in shards else 0
+        return [*under_way, *shards[after:], *shards[:after]]
 
     def _ring(self, shard: str) -> Ring:
         """The ring, opened again when a start of ingest put a rebuilt or migrated one into its place."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ import msgspec
 import storage.opening
 from pipeline.config import Config, ConfigError
 from pipeline.roles import foreign_packages, model_folder
+from pipeline.shards import numbers, shard_name, sources_of
 from storage.check import check_folder
 from storage.errors import StorageError
 from storage.folder import DataFolder
@@ -103,6 +102,12 @@ def _sources(config: Config) -> Iterator[Finding]:
             yield Finding("warning", f"source {source.name}", f"no file matches {source.path} yet")
         else:
             yield Finding("right", f"source {source.name}", source.kind)
+    if config.ingest.processes > 1:
+        for number in range(1, config.ingest.processes + 1):
+            names = ", ".join(source.name for source in sources_of(config, number))
+            level: Literal["right", "warning"] = "right" if names else "warning"
+            words = f"reads {names}" if names else "has no source: it is not started"
+            yield Finding(level, f"ingest process {number}", words)
 
 
 def _model(config: Config) -> Iterator[Finding]:
@@ -134,7 +139,9 @@ def _disk(config: Config) -> Iterator[Finding]:
     else:
         yield Finding("right", "file system", kind or "unknown")
     free = shutil.disk_usage(place).free
-    needed = MIN_FREE_BYTES + (0 if (config.data_dir / "ring").exists() else int(config.ring.max_bytes))
+    shards = [shard_name(number) for number in numbers(config)]
+    missing = sum(not (config.data_dir / "ring" / shard).exists() for shard in shards)
+    needed = MIN_FREE_BYTES + missing * int(config.ring.max_bytes)
     level: Literal["right", "warning"] = "right" if free > needed else "warning"
     yield Finding(level, "disk", f"{free >> 20} MiB free, {needed >> 20} MiB wanted")
 
@@ -175,20 +182,15 @@ def _folder(config: Config) -> Iterator[Finding]:
 
 def _running(folder: DataFolder) -> bool:
     """Whether any process holds a role on the data folder."""
-    for path in folder.run.glob("*.lock"):
-        if path.name == "registry.lock":
-            continue
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
+    roles = (path.stem for path in folder.run.glob("*.lock") if path.name != "registry.lock")
+    return any(folder.holder(role) is not None for role in roles)
 
 
 def _rings(folder: DataFolder, config: Config) -> Iterator[Finding]:
-    for path in sorted(p for p in folder.ring.iterdir() if p.is_dir() and "." not in p.name):
+    keys, mine = set(), [shard_name(number) for number in numbers(config)]
+    for path in (folder.ring / shard for shard in folder.shards()):
         with Ring.open_reader(path) as ring:
+            keys.add(ring.header.dedup_key)
             state, rows = ring.read_state(), ring.quarantined()
             words = f"{state.next_seq - state.tail_seq:,} samples"
             if state.lost:
@@ -204,6 +206,15 @@ def _rings(folder: DataFolder, config: Config) -> Iterator[Finding]:
                     f"made with {ring.map_bytes >> 20} MiB; ring.max_bytes takes effect in a new data folder"
                 )
                 yield Finding("warning", f"ring {path.name}", words)
+            if mine and path.name not in mine:
+                words = (
+                    "no ingest process of this configuration writes it; once its sources are read by "
+                    "another and its windows are decided, it may be deleted while Edgewater is stopped"
+                )
+                yield Finding("right", f"ring {path.name}", words)
+    if len(keys) > 1:
+        words = "have dedup secrets of their own: what a source sends again after it moved is stored again"
+        yield Finding("warning", "rings", words)
     kept = folder.path / "quarantine"
     for path in sorted(kept.iterdir()) if kept.is_dir() else ():
         if path.is_dir():

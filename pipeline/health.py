@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from pipeline.commit import Committed
 from pipeline.readers import ReaderReport
+from pipeline.shards import MAIN
 from storage.registry import Registry
 from storage.ring import Ring
 
@@ -35,10 +36,15 @@ def our_version() -> str:
 
 
 class IngestMetrics:
-    """What the dataflow tells of itself, and what the registry knows, as Prometheus metrics."""
+    """What the dataflow tells of itself, and what the registry knows, as Prometheus metrics.
 
-    def __init__(self) -> None:
+    Args:
+        shard: Whose they are: each ingest process answers on a port of its own, so they carry no such label.
+    """
+
+    def __init__(self, shard: str = MAIN) -> None:
         self.registry = CollectorRegistry()
+        self._shard = shard
         self._commits = Histogram(
             "edgewater_commit_seconds",
             "Time of a commit, seconds",
@@ -80,6 +86,11 @@ class IngestMetrics:
 
     def collect(self) -> Iterable[Metric]:
         """Metrics that are read when they are asked for."""
+        who = GaugeMetricFamily(
+            "edgewater_ingest_info", "The shard whose figures these are", labels=["shard"]
+        )
+        who.add_metric([self._shard], 1)
+        yield who
         if self._last is not None:
             yield from self._stream_metrics(self._last)
         if self._ring is not None:
@@ -128,7 +139,8 @@ def _learning_metrics(registry: Registry) -> Iterable[Metric]:
     yield GaugeMetricFamily("edgewater_active_version", "Active version, 0 is the base", active)
     scored = [row for row in rows if row.result]
     if scored:
-        result = json.loads(scored[-1].result)
+        # Rows lie by shard, then window: the newest is the one that was claimed last.
+        result = json.loads(max(reversed(scored), key=lambda row: row.claimed_at).result)
         help_text = "Prequential score of the newest update's window"
         bits = GaugeMetricFamily("edgewater_bits_per_byte", help_text, labels=["under"])
         for under in ("base", "active"):

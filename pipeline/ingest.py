@@ -22,11 +22,13 @@ from pipeline.connectors import queue_limits
 from pipeline.decode import decode
 from pipeline.dedup import Dedup, SeenHashes
 from pipeline.desk import Desk
+from pipeline.elsewhere import Elsewhere, take_over
 from pipeline.events import Batch
 from pipeline.flow import Step, build_flow
 from pipeline.health import IngestMetrics
 from pipeline.readers import ReaderWatch
 from pipeline.rules import SourceRules
+from pipeline.shards import MAIN
 from pipeline.sources.inbox import Connector, Inbox
 from pipeline.tokenization import BatchTokenizer, TokenizeStep
 from pipeline.triggers import ThresholdTrigger
@@ -37,10 +39,9 @@ from storage.ring import Ring
 from storage.wake import wake
 from storage.windows import ClosedWindow, RingState
 
-__all__ = ["SHARD", "IngestOptions", "build_steps", "ingest"]
+__all__ = ["IngestOptions", "build_steps", "ingest"]
 
 T = TypeVar("T")
-SHARD = "main"
 LOCKSTEP_POLL_S = 0.05
 # Of the time alone, only where an age or a cooldown waits for it: 35 and 7 MB of flash a day.
 TICK_COMMIT_S = {"standard": 60.0, "eco": 300.0}
@@ -55,12 +56,14 @@ class IngestOptions(msgspec.Struct, frozen=True):
         lockstep: Go on after a window's close only when that window is decided.
         max_events: End after at least so many inputs; 0 never.
         capture: Folder to record the inputs in; None records nothing.
+        shard: Whose ring it writes.
     """
 
     finite: bool = False
     lockstep: bool = False
     max_events: int = 0
     capture: Path | None = None
+    shard: str = MAIN
 
 
 def ingest(
@@ -71,30 +74,41 @@ def ingest(
     options: IngestOptions,
     stop: threading.Event,
     metrics: IngestMetrics | None = None,
+    opened: Callable[[], None] = lambda: None,
 ) -> RingState:
     """Run the dataflow until its sources end or `stop` is set; everything acknowledged is then durable.
 
+    Args:
+        opened: Called when the ring is open and holds the newest positions of the connectors: until then no
+            other ingest process may start on this data folder.
     Returns: The ring's last state.
     Raises: StorageError, BaseModelError before anything is read; WriteFailedError when a commit failed;
         OSError when a source broke.
     """
     tokenizer = BatchTokenizer(model)
+    tokenizer_id, max_bytes = tokenizer.manifest.tokenizer_id, int(config.ring.max_bytes)
+    elsewhere = Elsewhere.read(
+        folder, options.shard, horizon=config.dedup.horizon_events, tokenizer_id=tokenizer_id,
+        max_bytes=max_bytes,
+    )  # fmt: skip
     opening = opened_ring(
-        folder,
-        shard=SHARD,
-        tokenizer_id=tokenizer.manifest.tokenizer_id,
-        max_bytes=int(config.ring.max_bytes),
-    )
+        folder, shard=options.shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes,
+        dedup_key=elsewhere.dedup_key,
+    )  # fmt: skip
     with opening as ring, open_registry(folder) as registry, _capturing(config, options) as recorder:
-        decided = partial(_announce, folder)
+        take_over(ring, elsewhere, [connector.name for connector in connectors])
+        opened()
+        decided = partial(_announce, folder, options.shard)
         if options.lockstep:
-            decided = partial(_await_decisions, folder, registry, stop, metrics)
-            decided(ring.windows(after=registry.cursor(SHARD)))
+            decided = partial(_await_decisions, folder, options.shard, registry, stop, metrics)
+            decided(ring.windows(after=registry.cursor(options.shard)))
         if metrics:
             metrics.attach(ring, registry)
         try:
-            desk = Desk(config, tokenizer, ring, folder.run, SHARD)
-            _run(config, ring, tokenizer, connectors, options, stop, recorder, registry, decided, metrics, desk)
+            steps = build_steps(config, ring, tokenizer, recorder, elsewhere)
+            del elsewhere  # as large as the hashes of a whole horizon
+            desk = Desk(config, tokenizer, ring, folder.run, options.shard)
+            _run(config, ring, steps, connectors, options, stop, registry, decided, metrics, desk)
         finally:
             if metrics:
                 metrics.attach(None, None)
@@ -104,11 +118,10 @@ def ingest(
 def _run(
     config: Config,
     ring: Ring,
-    tokenizer: BatchTokenizer,
+    steps: dict[str, Step],
     connectors: Sequence[Connector],
     options: IngestOptions,
     stop: threading.Event,
-    recorder: CaptureWriter | None,
     registry: Registry,
     decided: Callable[[list[ClosedWindow]], None],
     metrics: IngestMetrics | None,
@@ -135,12 +148,11 @@ def _run(
         return committed
 
     faults: list[BaseException] = []
-    steps = desk.watching(build_steps(config, ring, tokenizer, recorder))
     flow = build_flow(
         inbox=inbox,
         assembler=Assembler(inbox, limits, finite=options.finite),
         stopping=lambda: stop.is_set() or bool(faults),
-        steps={name: _guarded(step, faults) for name, step in steps.items()},
+        steps={name: _guarded(step, faults) for name, step in desk.watching(steps).items()},
         commit=_guarded(commit_and_look, faults),
         done=metrics.observe if metrics else lambda committed: None,
         max_events=options.max_events,
@@ -162,10 +174,14 @@ def _run(
 
 
 def build_steps(
-    config: Config, ring: Ring, tokenizer: BatchTokenizer, recorder: CaptureWriter | None = None
+    config: Config,
+    ring: Ring,
+    tokenizer: BatchTokenizer,
+    recorder: CaptureWriter | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> dict[str, Step]:
-    """Build the steps before the commit, by name in their order, with what the ring remembers for them."""
-    rules = SourceRules(config)
+    """Build the steps before the commit, by name in their order, with what the rings remember for them."""
+    rules, elsewhere = SourceRules(config), elsewhere or Elsewhere()
     horizon = config.dedup.horizon_events
     started = time.monotonic()
     seen = SeenHashes(horizon, ring.state.next_seq, ring.newest_hashes(horizon))
@@ -174,9 +190,11 @@ def build_steps(
         ring.header.dedup_key,
         seen,
         lambda: ring.state.tail_seq,
-        ring.named("r"),
+        elsewhere.references(ring.named("r")),
         rules.dedup_mode,
         rules.deadband,
+        elsewhere.seen(ring.header.dedup_key),
+        horizon,
     )
     steps: dict[str, Step] = {
         "decode": partial(decode, refusal=tokenizer.refusal),
@@ -226,14 +244,17 @@ def _capturing(config: Config, options: IngestOptions) -> Iterator[CaptureWriter
         yield writer
 
 
-def _announce(folder: DataFolder, closed: list[ClosedWindow]) -> None:
+def _announce(folder: DataFolder, shard: str, closed: list[ClosedWindow]) -> None:
     for window in closed:
-        log.info("window %d closed by %s: %d samples", window.window, window.reason, window.samples)
+        log.info(
+            "window %d of %s closed by %s: %d samples", window.window, shard, window.reason, window.samples
+        )
     wake(folder.run)
 
 
 def _await_decisions(
     folder: DataFolder,
+    shard: str,
     registry: Registry,
     stop: threading.Event,
     metrics: IngestMetrics | None,
@@ -242,10 +263,10 @@ def _await_decisions(
     """Lockstep: hold the stream at a window's close until the trainer decided it."""
     if not closed:
         return
-    _announce(folder, closed)
+    _announce(folder, shard, closed)
     seen = -1
     while not stop.is_set():
-        if seen != (seen := registry.last_transaction()) and registry.cursor(SHARD) >= closed[-1].window:
+        if seen != (seen := registry.last_transaction()) and registry.cursor(shard) >= closed[-1].window:
             return
         if metrics:
             metrics.beat = time.monotonic()  # it waits as it should: an update takes minutes

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from pipeline.config import Config
-from pipeline.report import Report, build_report, format_report
+from pipeline.report import Report, ShardReport, build_report, format_report, window_label
 from pipeline.roles import model_folder
+from pipeline.shards import numbers, shard_name, sources_of
 from storage.folder import DataFolder
 from storage.opening import open_ring_reader
 from storage.registry import AuditRow, Registry
@@ -18,13 +19,37 @@ from storage.wake import wake
 
 __all__ = ["request_update", "score_texts", "status"]
 
-SHARD = "main"
 NEWEST_DEAD = 3
 
 
-class Status(Report, kw_only=True):
-    """The learning report, and how the data folder stands."""
+class ShardStatus(ShardReport, kw_only=True):
+    """One shard, and how it stands.
 
+    Attributes:
+        pid: Of the ingest process that works on it, None where none does.
+        configured: Whether a process would, by the present configuration.
+        sources: What that one reads.
+        ring_bytes: "live" of "map".
+        first_seq, next_seq: Samples that it holds.
+    """
+
+    pid: int | None
+    configured: bool
+    sources: list[str]
+    ring_bytes: dict[str, int]
+    first_seq: int
+    next_seq: int
+
+
+class Status(Report, kw_only=True):
+    """The learning report, and how the data folder stands.
+
+    Attributes:
+        ring_bytes: Of all rings together.
+        first_seq, next_seq: Of the first shard.
+    """
+
+    shards: list[ShardStatus]  # type: ignore[assignment]  # a ShardReport and more
     data_dir: str
     active_version: int
     ring_bytes: dict[str, int]
@@ -38,24 +63,57 @@ def status(config: Config) -> tuple[Status, str]:
     """Look at a data folder, live or at rest; takes no lock."""
     folder = DataFolder.open(config.data_dir, create=False)
     report = build_report(folder)
-    ring: dict[str, Any] = {"ring_bytes": {}, "first_seq": 0, "next_seq": 0, "newest_dead_letters": []}
-    if (folder.ring / SHARD).is_dir():
-        with open_ring_reader(folder.ring / SHARD) as reader:
-            usage = reader.usage()
-            ring["ring_bytes"] = {"live": usage.live_bytes, "map": usage.map_bytes}
-            ring["first_seq"], ring["next_seq"] = usage.first_seq, usage.next_seq
-            ring["newest_dead_letters"] = [
-                {"place": letter.position, "reason": letter.reason}
-                for _, letter in reader.dead_letters(NEWEST_DEAD)
-            ]
+    shards, letters = [], []
+    for stored in report.shards:
+        shard, newest = _look_at(folder, config, stored)
+        shards.append(shard)
+        letters += newest
+    letters.sort(key=lambda letter: letter[0])
     active = next((version.version for version in report.versions if version.active), 0)
-    last = report.windows[-1] if report.windows else None
-    under_way = f"window {last.window} {last.decision}" if last and not last.reason and not last.steps else ""
+    under_way = [
+        f"window {window_label(report, window.shard, window.window)} {window.decision}"
+        for window in report.windows
+        if not (window.reason or window.steps)
+    ]
     whole = Status(
-        data_dir=str(folder.path), active_version=active, under_way=under_way,
-        **{name: getattr(report, name) for name in Report.__struct_fields__}, **ring,
-    )  # fmt: skip
+        data_dir=str(folder.path),
+        active_version=active,
+        ring_bytes=_summed([shard.ring_bytes for shard in shards]),
+        first_seq=shards[0].first_seq if shards else 0,
+        next_seq=shards[0].next_seq if shards else 0,
+        newest_dead_letters=[letter for _, letter in letters[-NEWEST_DEAD:]],
+        under_way=", ".join(under_way[-1:]),
+        **{name: getattr(report, name) for name in Report.__struct_fields__} | {"shards": shards},
+    )
     return whole, _format(whole)
+
+
+def _look_at(
+    folder: DataFolder, config: Config, stored: ShardReport
+) -> tuple[ShardStatus, list[tuple[float, dict[str, Any]]]]:
+    """How a shard stands, and its newest dead letters with when they came."""
+    name = stored.shard
+    number = next((number for number in numbers(config) if shard_name(number) == name), 0)
+    with open_ring_reader(folder.ring / name) as reader:
+        usage = reader.usage()
+        letters = [
+            (letter.arrival, {"shard": name, "place": letter.position, "reason": letter.reason})
+            for _, letter in reader.dead_letters(NEWEST_DEAD)
+        ]
+    status = ShardStatus(
+        pid=folder.holder(f"ingest-{name}"),
+        configured=number > 0,
+        sources=[source.name for source in sources_of(config, number)],
+        ring_bytes={"live": usage.live_bytes, "map": usage.map_bytes},
+        first_seq=usage.first_seq,
+        next_seq=usage.next_seq,
+        **msgspec.structs.asdict(stored),
+    )
+    return status, letters
+
+
+def _summed(parts: list[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
 
 
 def request_update(config: Config) -> int:
@@ -137,17 +195,37 @@ def _version_folders(config: Config, names: list[str], base_sha256: str) -> dict
 
 
 def _format(whole: Status) -> str:
-    live, size = whole.ring_bytes.get("live", 0), whole.ring_bytes.get("map", 0)
-    newest = max(whole.first_seq, whole.next_seq - 1)
-    seqs = f"seqs {whole.first_seq:,} to {newest:,}, {whole.open_window_samples} in the open window"
     lines = [
         f"data folder  {whole.data_dir}",
         f"active       {f'version {whole.active_version}' if whole.active_version else 'the base model'}",
-        f"ring         {live >> 10:,} of {size >> 10:,} KiB, {seqs}",
     ]
+    if len(whole.shards) > 1:
+        lines.append(f"rings        {_filled(whole.ring_bytes)} in {len(whole.shards)} shards")
+    for shard in whole.shards:
+        newest = max(shard.first_seq, shard.next_seq - 1)
+        seqs = f"seqs {shard.first_seq:,} to {newest:,}, {shard.open_window_samples} in the open window"
+        if len(whole.shards) > 1:
+            lines.append(f"shard        {shard.shard}: {_standing(shard)}")
+        lines.append(f"ring         {_filled(shard.ring_bytes)}, {seqs}")
     if whole.under_way:
         lines.append(f"under way    {whole.under_way}")
     for letter in whole.newest_dead_letters:
         lines.append(f"dead letter  {letter['place']}: {letter['reason']}")
     fields = {name: getattr(whole, name) for name in Report.__struct_fields__}
-    return "\n".join(lines) + "\n\n" + format_report(msgspec.convert(fields, Report, from_attributes=True))
+    return "\n".join(lines) + "\n\n" + format_report(Report(**fields))
+
+
+def _filled(ring_bytes: dict[str, int]) -> str:
+    return f"{ring_bytes.get('live', 0) >> 10:,} of {ring_bytes.get('map', 0) >> 10:,} KiB"
+
+
+def _standing(shard: ShardStatus) -> str:
+    """Whether a process works on a shard, in words."""
+    if shard.pid is not None:
+        return f"process {shard.pid} reads {', '.join(shard.sources) or 'nothing of this configuration'}"
+    if shard.configured:
+        return f"no process runs; it would read {', '.join(shard.sources)}"
+    words = "no process reads for it any more"
+    if shard.open_window_samples:
+        words += "; its open window stays open"
+    return words

@@ -9,11 +9,11 @@ from pipeline.batching import Assembler, BatchLimits
 from pipeline.capture import CaptureWriter
 from pipeline.config import Config, digest
 from pipeline.connectors import make_connectors
-from pipeline.ingest import SHARD
+from pipeline.elsewhere import Elsewhere, newest_positions, starting
 from pipeline.roles import stop_on_signals
+from pipeline.shards import numbers, shard_name
 from pipeline.sources.inbox import Inbox
 from storage.folder import DataFolder
-from storage.opening import open_ring_reader
 
 __all__ = ["record_sources"]
 
@@ -23,19 +23,22 @@ def record_sources(
 ) -> tuple[int, Path]:
     """Record every source, from where ingest would go on, until a signal or the end of the sources.
 
-    Nothing is acknowledged and no position moves: a later `run` reads the same events again. Standard
-    input, which cannot be read twice, is the exception.
+    Into one stream, also where several ingest processes share the sources. Nothing is acknowledged and no
+    position moves: a later `run` reads the same events again. Standard input, which cannot be read twice, is
+    the exception.
     Returns: lines recorded, and the last file.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        connectors = make_connectors(config.sources, finite=False)
         positions = {}
         if config.data_dir.exists():
             folder = DataFolder.open(config.data_dir, create=False)
-            stack.enter_context(folder.lock(f"ingest-{SHARD}"))  # both would read standard input
-            if (folder.ring / SHARD).is_dir():
-                with open_ring_reader(folder.ring / SHARD) as ring:
-                    positions = ring.named("p")
+            with starting(folder, stop):
+                for number in numbers(config):  # both would read standard input
+                    stack.enter_context(folder.lock(f"ingest-{shard_name(number)}"))
+                everywhere = Elsewhere.read(folder, "", horizon=0)
+            positions = newest_positions(everywhere, [connector.name for connector in connectors])
         inbox = Inbox()
         assembler = Assembler(inbox, BatchLimits(flush_s=config.ring.flush_ms / 1_000), finite=True)
         writer = stack.enter_context(
@@ -44,7 +47,7 @@ def record_sources(
                 max_file_bytes=max_file_bytes, max_files=max_files,
             )
         )  # fmt: skip
-        for connector in make_connectors(config.sources, finite=False):
+        for connector in connectors:
             connector.start(inbox, positions)
             stack.callback(connector.stop)
         stack.callback(inbox.closed.set)

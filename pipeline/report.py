@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from pipeline.shards import MAIN
 from storage.durable import write_file_durably
 from storage.folder import DataFolder
 from storage.opening import open_ring_reader
@@ -15,10 +18,12 @@ from storage.windows import RingState
 __all__ = [
     "TABLE_HEAD",
     "Report",
+    "ShardReport",
     "VersionReport",
     "WindowReport",
     "build_report",
     "format_report",
+    "window_label",
     "write_report",
 ]
 
@@ -26,17 +31,20 @@ _SCORES = (
     "base_bits_per_byte", "active_bits_per_byte", "held_out_before_bits_per_byte",
     "held_out_after_bits_per_byte", "anchor_delta_bits_per_token",
 )  # fmt: skip
+_COUNTERS = ("events", "samples", "duplicates", "suppressed", "dead_letters")
 
 
 class WindowReport(msgspec.Struct, kw_only=True):
     """One update. Scores are null where nothing was measured.
 
     Attributes:
+        shard: Whose window; each shard numbers its own.
         by_source: Source -> {"samples", "base", "active"}, prequential bits per byte.
         base_bits_per_byte, active_bits_per_byte: The whole window, before any step.
         decision: "promoted", "rejected", "quarantined", "skipped", "expired", or the state under way.
     """
 
+    shard: str = MAIN
     window: int
     last_window: int
     first_seq: int
@@ -66,12 +74,33 @@ class VersionReport(msgspec.Struct, kw_only=True):
     sha256: str
     active: bool
     parent: int
+    shard: str = MAIN
     window: int
     folder: str
 
 
+class ShardReport(msgspec.Struct, kw_only=True):
+    """What one ingest process stored."""
+
+    shard: str
+    events: int = 0
+    samples: int = 0
+    duplicates: int = 0
+    suppressed: int = 0
+    dead_letters: int = 0
+    lost: int = 0
+    ring_digest: str = ""
+    open_window_samples: int = 0
+
+
 class Report(msgspec.Struct, kw_only=True):
-    """What `demo`, `replay` and `status` print with --json, and what lies in report.json."""
+    """What `demo`, `replay` and `status` print with --json, and what lies in report.json.
+
+    Attributes:
+        events, samples, duplicates, suppressed, dead_letters, lost, open_window_samples: Of all shards.
+        ring_digest: Of the one ring; of several, blake2b-256 over "<shard>\\0<digest>" of each, "main" first.
+        shards: The same of each shard, "main" first, also of those that no process writes any more.
+    """
 
     events: int = 0
     samples: int = 0
@@ -81,20 +110,21 @@ class Report(msgspec.Struct, kw_only=True):
     lost: int = 0
     ring_digest: str = ""
     open_window_samples: int = 0
+    shards: list[ShardReport] = []
     windows: list[WindowReport] = []
     versions: list[VersionReport] = []
 
 
-def build_report(folder: DataFolder, shard: str = "main") -> Report:
-    """Read the ring and the registry of a data folder; a part that is not there yet is left empty."""
-    state = RingState()
-    if (folder.ring / shard).is_dir():
+def build_report(folder: DataFolder) -> Report:
+    """Read the rings and the registry of a data folder; a part that is not there yet is left empty."""
+    states = {}
+    for shard in folder.shards():
         with open_ring_reader(folder.ring / shard) as ring:
-            state = ring.state
+            states[shard] = ring.state
     if not folder.registry.is_dir():
-        return _report(state, [], [], 0)
+        return _report(states, [], [], 0)
     with Registry.open_reader(folder.registry) as registry:
-        return _report(state, registry.updates(), registry.versions(), registry.active().version)
+        return _report(states, registry.updates(), registry.versions(), registry.active().version)
 
 
 def write_report(folder: DataFolder, report: Report) -> None:
@@ -110,34 +140,58 @@ def format_report(report: Report) -> str:
     ]
     if report.lost:
         lines.append(f"{report.lost:,} samples were lost to damage and are blank: see `edgewater doctor`")
+    if len(report.shards) > 1:
+        lines += (
+            f"  {shard.shard}: {shard.events:,} events, {shard.samples:,} samples, "
+            f"{shard.open_window_samples} in the open window"
+            for shard in report.shards
+        )
     if report.windows:
         lines += ["", *_table(report)]
     if report.versions:
         lines += ["", "versions"]
         for version in report.versions:
             mark = "active" if version.active else ""
-            line = f"  v{version.version:<3} from window {version.window:<4} {version.sha256[:16]}  {mark}"
+            window = window_label(report, version.shard, version.window)
+            line = f"  v{version.version:<3} from window {window:<4} {version.sha256[:16]}  {mark}"
             lines.append(line.rstrip())
     lines += ["", f"ring digest {report.ring_digest[:32]}"]
     return "\n".join(lines)
 
 
-def _report(state: RingState, rows: list[UpdateRow], versions: list[VersionRow], active: int) -> Report:
-    counters = state.counters
+def _digest_of(states: Mapping[str, RingState]) -> str:
+    """What two runs on the same streams must agree on."""
+    if len(states) < 2:
+        return next(iter(states.values()), RingState()).digest.hex()
+    parts = (shard.encode() + b"\0" + state.digest for shard, state in states.items())
+    return hashlib.blake2b(b"".join(parts), digest_size=32).hexdigest()
+
+
+def _shard(shard: str, state: RingState) -> ShardReport:
+    counted = {name: state.counters.get(name, 0) for name in _COUNTERS}
+    return ShardReport(
+        shard=shard, lost=state.lost, ring_digest=state.digest.hex(),
+        open_window_samples=state.window.samples, **counted,
+    )  # fmt: skip
+
+
+def _report(
+    states: Mapping[str, RingState], rows: list[UpdateRow], versions: list[VersionRow], active: int
+) -> Report:
+    shards = [_shard(shard, state) for shard, state in states.items()]
+    totals = {
+        name: sum(getattr(shard, name) for shard in shards)
+        for name in (*_COUNTERS, "lost", "open_window_samples")
+    }
     return Report(
-        events=counters.get("events", 0),
-        samples=counters.get("samples", 0),
-        duplicates=counters.get("duplicates", 0),
-        suppressed=counters.get("suppressed", 0),
-        dead_letters=counters.get("dead_letters", 0),
-        lost=state.lost,
-        ring_digest=state.digest.hex(),
-        open_window_samples=state.window.samples,
+        **totals,
+        ring_digest=_digest_of(states),
+        shards=shards,
         windows=[_window(row) for row in rows],
         versions=[
             VersionReport(
                 version=v.version, sha256=v.sha256, active=v.version == active, parent=v.parent,
-                window=v.window, folder=v.folder,
+                shard=v.shard, window=v.window, folder=v.folder,
             )
             for v in versions
         ],
@@ -147,6 +201,7 @@ def _report(state: RingState, rows: list[UpdateRow], versions: list[VersionRow],
 def _window(row: UpdateRow) -> WindowReport:
     decision = "promoted" if row.version and row.decided else row.state.value
     report = WindowReport(
+        shard=row.shard,
         window=row.window,
         last_window=row.last_window,
         first_seq=row.first_seq,
@@ -179,40 +234,46 @@ TABLE_HEAD = (
     "tokens",
     "s",
 )
-_FORMAT = "{:>6}  {:<14} {:>7} {:>6} {:>6} {:>6}  {:>11} {:>7}  {:<14} {:>6} {:>5}"
+_FORMAT = "{:>{width}}  {:<14} {:>7} {:>6} {:>6} {:>6}  {:>11} {:>7}  {:<14} {:>6} {:>5}"
 
 
 def _table(report: Report) -> list[str]:
     """Rows by window and source; a window of one source needs one line."""
     lines = ["prequential bits per byte (scored before it is trained on) under base and active version"]
-    lines.append(_FORMAT.format(*TABLE_HEAD))
+    width = max([6, *(len(window_label(report, window.shard, window.window)) for window in report.windows)])
+    lines.append(_FORMAT.format(*TABLE_HEAD, width=width))
     for window in report.windows:
+        label = window_label(report, window.shard, window.window)
         sources = list(window.by_source.items())
         whole = {"base": window.base_bits_per_byte, "active": window.active_bits_per_byte,
                  "samples": window.last_seq - window.first_seq + 1}  # fmt: skip
         name, scores = sources[0] if len(sources) == 1 else ("all", whole)
-        lines.append(_row(window, name, scores))
+        lines.append(_row(width, label, window, name, scores))
         if len(sources) > 1:
-            lines += [_row(None, source, scores) for source, scores in sources]
+            lines += [_row(width, "", None, source, scores) for source, scores in sources]
         if window.reason:
-            lines.append(f"{'':8}{window.reason}")
+            lines.append(f"{'':{width + 2}}{window.reason}")
     return [line.rstrip() for line in lines]
 
 
-def _row(window: WindowReport | None, source: str, scores: dict[str, Any]) -> str:
+def window_label(report: Report, shard: str, window: int) -> str:
+    """A window's number, with its shard where there is more than one."""
+    return f"{shard}/{window}" if len(report.shards) > 1 else str(window)
+
+
+def _row(width: int, label: str, window: WindowReport | None, source: str, scores: dict[str, Any]) -> str:
     base, active = scores.get("base"), scores.get("active")
     ratio = f"{active / base:.2f}" if base and active is not None else "-"
-    cells = ["", source[:14], scores.get("samples", ""), _number(base), _number(active), ratio]
+    cells = [label, source[:14], scores.get("samples", ""), _number(base), _number(active), ratio]
     if window is None:
-        return _FORMAT.format(*cells, "", "", "", "", "")
+        return _FORMAT.format(*cells, "", "", "", "", "", width=width)
     before, after = window.held_out_before_bits_per_byte, window.held_out_after_bits_per_byte
     held_out = f"{_number(before)}>{_number(after)}" if before is not None else "-"
     anchors = window.anchor_delta_bits_per_token
     decision = f"promoted v{window.version}" if window.decision == "promoted" else window.decision
-    cells[0] = window.window
     return _FORMAT.format(
         *cells, held_out, "-" if anchors is None else f"{anchors:+.3f}", decision, window.trained_tokens,
-        f"{window.seconds:.0f}",
+        f"{window.seconds:.0f}", width=width,
     )  # fmt: skip
 
 

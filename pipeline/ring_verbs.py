@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import msgspec
 
 from pipeline.config import Config
-from pipeline.looking import SHARD
 from pipeline.progress import Progress
+from pipeline.shards import MAIN
 from storage.block import BlockHeader, read_header
 from storage.errors import CorruptBlockError, StorageError
 from storage.export import Exported, Imported, export_ring, export_to_file, import_ring
@@ -71,10 +71,10 @@ class RingInfo(msgspec.Struct, frozen=True):
     damaged_blocks: int
 
 
-def ring_info(config: Config) -> tuple[RingInfo, str]:
-    """Look at the ring, live or at rest; takes no lock."""
+def ring_info(config: Config, shard: str = MAIN) -> tuple[RingInfo, str]:
+    """Look at the ring of a shard, live or at rest; takes no lock."""
     with ExitStack() as stack:
-        ring = _open(stack, config)
+        ring = _open(stack, config, shard)
         state, usage = ring.read_state(), ring.usage()
         seen = [found for _, found in walk_blocks(ring, state.tail_seq, state.next_seq, _header_of)]
         headers = [header for header, _ in seen if header]
@@ -116,10 +116,10 @@ def _header_of(block: bytes | memoryview) -> tuple[BlockHeader | None, int]:
         return None, len(block)
 
 
-def export_from(config: Config, target: Path | BinaryIO) -> tuple[dict[str, Any], str]:
-    """Back the ring up into a file, or a stream; takes no lock, ingest may run."""
+def export_from(config: Config, target: Path | BinaryIO, shard: str = MAIN) -> tuple[dict[str, Any], str]:
+    """Back the ring of a shard up into a file, or a stream; takes no lock, ingest may run."""
     with ExitStack() as stack:
-        ring, show = _open(stack, config), _shown(stack, "exporting the ring")
+        ring, show = _open(stack, config, shard), _shown(stack, "exporting the ring")
         if isinstance(target, Path):
             done = export_to_file(ring, target, show)
         else:
@@ -128,19 +128,22 @@ def export_from(config: Config, target: Path | BinaryIO) -> tuple[dict[str, Any]
     return {"file": place, "samples": done.samples, **msgspec.to_builtins(done)}, _format_export(done, place)
 
 
-def import_into(config: Config, source: Path | BinaryIO, max_bytes: int) -> tuple[dict[str, Any], str]:
-    """Make the ring of a data folder that has none. Raises: StorageError if it has one, LockHeldError."""
+def import_into(
+    config: Config, source: Path | BinaryIO, max_bytes: int, shard: str = MAIN
+) -> tuple[dict[str, Any], str]:
+    """Make the ring of a shard that has none. Raises: StorageError if it has one, LockHeldError."""
     with ExitStack() as stack:
         show = _shown(stack, "importing the ring")
         folder = DataFolder.open(config.data_dir, create=True)
         stack.callback(folder.close)
-        for role in (f"ingest-{SHARD}", "admin"):
+        for role in ("starting", f"ingest-{shard}", "admin"):  # no other shard looks for it meanwhile
             stack.enter_context(folder.lock(role))
         file = _seekable(stack, source, folder)
-        window, seq = _used_numbers(folder)
+        window, seq = _used_numbers(folder, shard)
         done = import_ring(
-            file, folder.ring / SHARD, max_bytes, least_window=window, least_seq=seq, progress=show
-        )
+            file, folder.ring / shard, max_bytes, least_window=window, least_seq=seq, shard=shard,
+            progress=show,
+        )  # fmt: skip
     lines = [
         f"{done.next_seq - done.first_seq:,} samples, {_seqs(done)}, "
         f"{done.blocks:,} blocks, are the ring of {folder.path}",
@@ -153,10 +156,10 @@ def import_into(config: Config, source: Path | BinaryIO, max_bytes: int) -> tupl
     return {"data_dir": str(folder.path), **msgspec.to_builtins(done)}, "\n".join(lines)
 
 
-def _open(stack: ExitStack, config: Config) -> Ring:
+def _open(stack: ExitStack, config: Config, shard: str) -> Ring:
     folder = DataFolder.open(config.data_dir, create=False)
     stack.callback(folder.close)
-    place = folder.ring / SHARD
+    place = folder.ring / shard
     if not place.is_dir():
         raise StorageError("no ring here yet", path=place, hint="run Edgewater once")
     return stack.enter_context(open_ring_reader(place))
@@ -183,12 +186,12 @@ def _seekable(stack: ExitStack, source: Path | BinaryIO, folder: DataFolder) -> 
     return file
 
 
-def _used_numbers(folder: DataFolder) -> tuple[int, int]:
+def _used_numbers(folder: DataFolder, shard: str) -> tuple[int, int]:
     """First window number and seq that the registry does not know: an older backup must give none again."""
     if not folder.registry.is_dir():
         return 1, 0
     with Registry.open_reader(folder.registry) as registry:
-        return registry.unused_numbers(SHARD)
+        return registry.unused_numbers(shard)
 
 
 def _format_info(info: RingInfo) -> str:

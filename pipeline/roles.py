@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EMBEDDED_MODEL, Config, gate_limits, recipe
+from pipeline.shards import MAIN, listen_of, shard_name, sources_of
 from pipeline.supervise import STOPPED_EARLY
 from storage.errors import LockHeldError, StorageError
 from storage.folder import DataFolder, RoleLock
@@ -94,32 +95,47 @@ def run_ingest(
     capture: Path | None,
     replay: Path | None,
     speed: float,
+    number: int = 1,
 ) -> None:
-    """Be the ingest process until its sources end or a signal comes."""
+    """Be an ingest process until its sources end or a signal comes.
+
+    Args:
+        number: Which one, from 1. A replay is always the first's.
+    Raises: StartupError if it has nothing to read; LockHeldError if it, or a source of its, is another's.
+    """
     from pipeline.connectors import make_connectors
+    from pipeline.elsewhere import starting
     from pipeline.health import HealthServer, IngestMetrics
-    from pipeline.ingest import SHARD, IngestOptions, ingest
+    from pipeline.ingest import IngestOptions, ingest
     from pipeline.sources.inbox import Connector
     from pipeline.sources.replay import ReplayConnector
 
     if SUPERVISED not in os.environ:
         refuse_foreign_packages()
+    sources = [] if replay else sources_of(config, number)
+    shard = MAIN if replay else shard_name(number)
+    if not (sources or replay):
+        raise StartupError(f"ingest process {number} has no source (see `shard` and ingest.processes)")
     folder = DataFolder.open(config.data_dir, create=True)
-    with stop_on_signals() as stop, _locked(folder, f"ingest-{SHARD}"), contextlib.ExitStack() as stack:
+    with stop_on_signals() as stop, contextlib.ExitStack() as stack:
+        started = stack.enter_context(starting(folder, stop))
+        # Its sources' own locks too: a source whose last owner still reads it must not move yet.
+        for role in (f"ingest-{shard}", *(f"source-{source.name}" for source in sources)):
+            stack.enter_context(_locked(folder, role))
         connectors: list[Connector] = (
-            [ReplayConnector(replay, speed)] if replay else make_connectors(config.sources, finite=finite)
+            [ReplayConnector(replay, speed)] if replay else make_connectors(sources, finite=finite)
         )
-        metrics = IngestMetrics()
-        if config.health.listen:
+        metrics = IngestMetrics(shard)
+        if listen := listen_of(config, number):
             try:
-                stack.callback(HealthServer(config.health.listen, metrics).close)
+                stack.callback(HealthServer(listen, metrics).close)
             except OSError as error:
                 hint = 'set health.listen to a free port, or to "" for none'
-                raise StorageError(
-                    f"health.listen {config.health.listen}: {error.strerror}", hint=hint
-                ) from None
-        options = IngestOptions(finite=finite, lockstep=lockstep, max_events=max_events, capture=capture)
-        ingest(config, folder, model_folder(config), connectors, options, stop, metrics)
+                raise StorageError(f"health.listen {listen}: {error.strerror}", hint=hint) from None
+        options = IngestOptions(
+            finite=finite, lockstep=lockstep, max_events=max_events, capture=capture, shard=shard
+        )
+        ingest(config, folder, model_folder(config), connectors, options, stop, metrics, started.close)
         stopped = stop.is_set()
     if stopped and SUPERVISED in os.environ:
         # Told to end before its sources did, by somebody else than the supervisor, which does not look.

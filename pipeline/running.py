@@ -18,6 +18,7 @@ from pipeline.config import EMBEDDED_MODEL, Config
 from pipeline.progress import Progress, describe
 from pipeline.report import Report, build_report, write_report
 from pipeline.roles import model_folder, refuse_foreign_packages, stop_on_signals
+from pipeline.shards import MAIN, numbers, shard_name, sources_of
 from pipeline.sources.files import unmatched_sources
 from pipeline.sources.lines import LineSplitter, is_cut_short, open_stream
 from pipeline.supervise import Child, Supervisor
@@ -30,7 +31,6 @@ from storage.ring import Ring
 
 __all__ = ["ReplayRecord", "ensure_model", "run_gateway", "run_replay"]
 
-SHARD = "main"
 _RECORD = "replay.json"
 
 
@@ -90,20 +90,23 @@ def run_gateway(
         with folder.lock("supervisor"):
             migrate_folder(folder)
             ensure_model(config, progress)
-            has_stdin = any(source.kind == "stdin" for source in config.sources)
             lockstep = ["--lockstep"] if once else []
             flags = [*(["--finite"] if once else []), *(lockstep if updates else [])]
             flags += ["--max-events", str(max_events)] if max_events else []
-            flags += ["--capture", str(capture)] if capture else []
             patient = not once
-            ingest = Child("ingest", ["ingest", *arguments, *flags], stdin=has_stdin, patient=patient)
+            ingests = [
+                _ingest_child(config, number, [*arguments, *flags], capture, patient=patient)
+                for number in numbers(config)
+            ]
             trainer = Child("trainer", ["train", *arguments, *lockstep], patient=patient, ends=False)
-            children = [ingest, trainer] if updates else [ingest]
+            children = [*ingests, trainer] if updates else ingests
             for source in unmatched_sources(config):
                 progress.say(f"source {source.name}: no file matches {source.path} yet")
             # A window that cools down when its stream has ended would cool for ever: it stays due.
             wait = updates and (once or not config.trigger.cooldown)
-            code = Supervisor(children, stop).run(lambda: ingest.done and (not wait or _decided(folder)))
+            code = Supervisor(children, stop).run(
+                lambda: all(child.done for child in ingests) and (not wait or _decided(folder))
+            )
         report = build_report(folder)
         write_report(folder, report)
         if once and not code and not stop.is_set():
@@ -111,6 +114,20 @@ def run_gateway(
                 f"{report.events:,} events, {report.samples:,} samples, {len(report.windows)} windows so far"
             )
         return code
+
+
+def _ingest_child(
+    config: Config, number: int, arguments: Sequence[str], capture: Path | None, *, patient: bool
+) -> Child:
+    """One ingest process; where there are several, each is called and records its captures by its shard."""
+    shard = shard_name(number)
+    name, flags = "ingest", list(arguments)
+    if config.ingest.processes > 1:
+        name, flags = f"ingest {shard}", [*flags, "--shard", shard]
+        capture = capture / shard if capture else None
+    flags += ["--capture", str(capture)] if capture else []
+    has_stdin = any(source.kind == "stdin" for source in sources_of(config, number))
+    return Child(name, ["ingest", *flags], stdin=has_stdin, patient=patient)
 
 
 def run_replay(
@@ -195,7 +212,7 @@ class _Watcher:
 
     def look(self) -> None:
         """Show how far the stream is, when something changed."""
-        marks = (_transaction(self._folder.ring / SHARD), _transaction(self._folder.registry))
+        marks = (_transaction(self._folder.ring / MAIN), _transaction(self._folder.registry))
         now = time.monotonic()
         if marks != self._seen:
             self._seen, self._again = marks, now + 1.0
@@ -239,8 +256,13 @@ def _transaction(path: Path) -> int:
 def _decided(folder: DataFolder) -> bool:
     """Whether every closed window is decided."""
     try:
-        with Ring.open_reader(folder.ring / SHARD) as ring, Registry.open_reader(folder.registry) as registry:
-            return not ring.windows(after=registry.cursor(SHARD))
+        shards = folder.shards()
+        with Registry.open_reader(folder.registry) as registry:
+            for shard in shards:
+                with Ring.open_reader(folder.ring / shard) as ring:
+                    if ring.windows(after=registry.cursor(shard)):
+                        return False
+        return bool(shards)
     except StorageError:
         return False
 
@@ -273,7 +295,7 @@ def _check_record(folder: DataFolder, record: ReplayRecord, resume: bool) -> Rep
     """What the folder holds already. Raises: StorageError if that is not a part of this replay."""
     path = folder.path / _RECORD
     if not path.exists():
-        if (folder.ring / SHARD).exists():
+        if (folder.ring / MAIN).exists():
             hint = "choose an empty folder: a replay has one of its own"
             raise StorageError("holds a live stream, not a replay", path=folder.path, hint=hint)
         return None

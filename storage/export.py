@@ -232,6 +232,7 @@ def import_ring(
     *,
     least_window: int = 1,
     least_seq: int = 0,
+    shard: str = "",
     progress: Progress = _no_progress,
 ) -> Imported:
     """Make a ring of an export, at a place where there is none.
@@ -243,6 +244,7 @@ def import_ring(
         least_window, least_seq: First numbers that the registry does not know. Where the file is older than
             that, the samples between are lost, thus blank, and the open window starts anew after them: no
             number is given twice.
+        shard: Which shard's the file must be; empty takes any.
     Raises: DamagedFileError, FormatTooNewError, StorageError; no ring is made then.
     """
     # 1. The file is read and checked to its end.          Crash: nothing happened.
@@ -253,6 +255,9 @@ def import_ring(
             "there is a ring already", path=folder, hint="import into a new data_dir, or move this ring away"
         )
     contents = _without_letters_beyond(_read_contents(file, progress), max_bytes // 16)
+    if shard and contents.header.shard != shard:
+        hint = f"import it with --shard {contents.header.shard}"
+        raise StorageError(f"the file is the ring of shard {contents.header.shard}", path=folder, hint=hint)
     state, blocks = contents.state, contents.blocks
     fitting = newest_that_fit([place.bytes for place in blocks], contents.rows, max_bytes)
     if blocks and not fitting:

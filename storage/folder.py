@@ -58,8 +58,10 @@ class RoleLock:
                 raise
 
     def close(self) -> None:
-        """Release the role."""
-        os.close(self._fd)
+        """Release the role; a second time nothing happens."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def __enter__(self) -> RoleLock:
         return self
@@ -176,6 +178,27 @@ class DataFolder:
             return RoleLock(self.run / f"{role}.lock", role)
         except OSError as error:
             raise _unusable(self.path, error) from error
+
+    def holder(self, role: str) -> int | None:
+        """Process id of who holds a role, None if nobody does. Looks, and takes nothing."""
+        try:
+            inode = (self.run / f"{role}.lock").lstat().st_ino
+            locks = Path("/proc/locks").read_text(encoding="ascii")
+        except OSError:
+            return None
+        # "1: FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF"; by the inode alone: btrfs and overlayfs show
+        # another device there than stat does.
+        fields = (line.split() for line in locks.splitlines())
+        held = (line for line in fields if line[1:2] == ["FLOCK"] and line[5].endswith(f":{inode}"))
+        return next((int(line[4]) for line in held), None)
+
+    def shards(self) -> list[str]:
+        """Shards that have a ring, "main" first, then by number."""
+        if not self.ring.is_dir():
+            return []
+        # A name with a dot is one being made, or a backup (`main.v1`).
+        names = [path.name for path in self.ring.iterdir() if path.is_dir() and "." not in path.name]
+        return sorted(names, key=lambda name: (name != "main", len(name), name))
 
     def update_folder(self, shard: str, window: int) -> Path:
         """Work folder of one update: the claimed samples, checkpoints, the candidate."""

@@ -44,15 +44,20 @@ log = logging.getLogger("edgewater.storage")
 
 
 @contextmanager
-def opened_ring(data: DataFolder, *, shard: str, tokenizer_id: str, max_bytes: int) -> Iterator[Ring]:
+def opened_ring(
+    data: DataFolder, *, shard: str, tokenizer_id: str, max_bytes: int, dedup_key: bytes = b""
+) -> Iterator[Ring]:
     """The ring of a shard, open for writing, mended first where that is needed.
+
+    Args:
+        dedup_key: Of the host's other shards, for a ring that is made, or made anew without its header.
 
     The caller holds the role `ingest-<shard>`. What was mended is logged as an error and written to the
     registry's audit.
     Raises: as Ring.open_or_create, and StorageError if the disk has no room for a second ring.
     """
     folder, mark = data.ring / shard, data.run / f"ring-{shard}.open"
-    mend_ring(data, shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
+    mend_ring(data, shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes, dedup_key=dedup_key)
     for stray in data.ring.glob(f"{shard}.*new"):
         remove_folder(stray)  # of an import, say, that a crash cut short: as large as the ring
     unclean = mark.exists()
@@ -62,7 +67,7 @@ def opened_ring(data: DataFolder, *, shard: str, tokenizer_id: str, max_bytes: i
     _put_mark(mark)
     with Ring.open_or_create(
         folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes,
-        least_window=window, least_seq=seq,
+        least_window=window, least_seq=seq, dedup_key=dedup_key,
     ) as ring:  # fmt: skip
         if damaged and not _quarantine(data, ring):
             _alarm(data, str(damaged[0]))  # no block is damaged, but one is not the newest
@@ -84,7 +89,9 @@ def open_ring_reader(folder: Path) -> Ring:
     return Ring.open_reader(folder)
 
 
-def mend_ring(data: DataFolder, shard: str, *, tokenizer_id: str = "", max_bytes: int = 0) -> list[Problem]:
+def mend_ring(
+    data: DataFolder, shard: str, *, tokenizer_id: str = "", max_bytes: int = 0, dedup_key: bytes = b""
+) -> list[Problem]:
     """Rebuild a ring that cannot be trusted. Returns: what was wrong with it."""
     folder = data.ring / shard
     if finish_rebuild(folder):
@@ -108,6 +115,7 @@ def mend_ring(data: DataFolder, shard: str, *, tokenizer_id: str = "", max_bytes
         max_bytes=max_bytes,
         least_window=window,
         least_seq=seq,
+        dedup_key=dedup_key,
     )
     _alarm(data, report.words())
     return problems
@@ -157,7 +165,8 @@ def repair(data: DataFolder) -> list[str]:
     done: list[str] = []
     with contextlib.ExitStack() as stack:
         shards = sorted(_shards(data))
-        roles = (*(f"ingest-{shard}" for shard in sorted({"main", *shards})), "trainer", "server", "admin")
+        ingests = (f"ingest-{shard}" for shard in sorted({"main", *shards}))
+        roles = ("starting", *ingests, "trainer", "server", "admin")
         for role in roles:
             stack.enter_context(data.lock(role))
         for problem in mend_registry(data):

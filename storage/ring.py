@@ -110,13 +110,16 @@ class Ring:
         max_bytes: int,
         least_window: int = 1,
         least_seq: int = 0,
+        dedup_key: bytes = b"",
     ) -> Ring:
         """Make a new ring of a fixed size, preallocated, and open it for writing.
 
         Args:
             least_window, least_seq: Where its numbers begin: a ring before it may have used those below.
+            dedup_key: Secret of the host's other shards, so that what moves between them is recognized; empty
+                makes a new one.
         """
-        header = RingHeader(RING_FORMAT, shard, tokenizer_id, secrets.token_bytes(32))
+        header = RingHeader(RING_FORMAT, shard, tokenizer_id, dedup_key or secrets.token_bytes(32))
         state = RingState(
             next_seq=least_seq,
             tail_seq=least_seq,
@@ -136,11 +139,12 @@ class Ring:
         max_bytes: int,
         least_window: int = 1,
         least_seq: int = 0,
+        dedup_key: bytes = b"",
     ) -> Ring:
         """Open the ring of this shard for writing; make it if there is none, migrate an older format.
 
         Args:
-            least_window, least_seq: As of `create`.
+            least_window, least_seq, dedup_key: As of `create`.
         Raises: ForeignFolderError if it holds tokens of another tokenizer; FormatTooNewError;
             CorruptRingError if a row is damaged (`storage.salvage` repairs it).
         """
@@ -150,7 +154,7 @@ class Ring:
         if not folder.exists():
             return cls.create(
                 folder, shard=shard, tokenizer_id=tokenizer_id, max_bytes=max_bytes,
-                least_window=least_window, least_seq=least_seq,
+                least_window=least_window, least_seq=least_seq, dedup_key=dedup_key,
             )  # fmt: skip
         ring = cls._opened(folder, readonly=False)
         if ring.header.tokenizer_id != tokenizer_id:

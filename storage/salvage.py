@@ -166,6 +166,7 @@ def rebuild(
     max_bytes: int = 0,
     least_window: int = 1,
     least_seq: int = 0,
+    dedup_key: bytes = b"",
 ) -> SalvageReport:
     """Set a damaged ring aside and make a new one of what is good in it. Nobody may have it open.
 
@@ -175,6 +176,7 @@ def rebuild(
         tokenizer_id, max_bytes: For the new ring where the damaged one does not say.
         least_window, least_seq: Numbers that the registry has not used yet; the ring goes on from there
             at least, so that no number is used twice.
+        dedup_key: That of the host's other shards, where the damaged one does not say; empty makes a new one.
     Returns: What is lost. Without a ring if nothing was found and `tokenizer_id` or `max_bytes` is not given:
         ingest makes a new one then.
     Raises: StorageError if the disk has no room for a second ring; FormatTooNewError.
@@ -187,7 +189,7 @@ def rebuild(
     # 4. <shard>.rebuilt.new renamed to <shard>, synced.      From here the ring is the new one.
     try:
         aside, target = set_aside(folder, quarantine)
-        report = _make_anew(folder, aside, tokenizer_id, max_bytes, least_window, least_seq)
+        report = _make_anew(folder, aside, tokenizer_id, max_bytes, least_window, least_seq, dedup_key)
         report.moved_to = str(target)
         write_file_durably(folder / _REPORT, msgspec.json.encode(report) + b"\n")
         rename_durably(folder, target)
@@ -353,7 +355,13 @@ class _Plan(msgspec.Struct):
 
 
 def _make_anew(
-    folder: Path, aside: Path, tokenizer_id: str, max_bytes: int, least_window: int, least_seq: int
+    folder: Path,
+    aside: Path,
+    tokenizer_id: str,
+    max_bytes: int,
+    least_window: int,
+    least_seq: int,
+    dedup_key: bytes,
 ) -> SalvageReport:
     report = SalvageReport(shard=folder.name)
     if not (folder / "data.mdb").is_file():
@@ -371,8 +379,8 @@ def _make_anew(
             if not tokenizer_id:
                 report.lost_rows.append("everything: nothing in it can be read")
                 return report
-            report.new_secret = True
-            header = RingHeader(RING_FORMAT, folder.name, tokenizer_id, secrets.token_bytes(32))
+            report.new_secret = not dedup_key
+            header = RingHeader(RING_FORMAT, folder.name, tokenizer_id, dedup_key or secrets.token_bytes(32))
         # A file of a strange length was cut, or has something at its end: its map says how large it was.
         sizes = {meta.map_bytes for meta in metas}
         map_bytes = sizes.pop() if len(sizes) == 1 else max_bytes or file.size // 4096 * 4096

@@ -16,6 +16,7 @@ __all__ = [
     "DONE",
     "FAILED",
     "REFUSED",
+    "SHARD",
     "USAGE",
     "Context",
     "configured",
@@ -28,6 +29,24 @@ __all__ = [
 
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Shard(click.ParamType[str]):
+    """A shard by its name or the number of its process."""
+
+    name = "shard"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Read it; the error names what was expected."""
+        from pipeline.shards import parse_shard
+
+        try:
+            return parse_shard(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SHARD = _Shard()
 
 
 class Context:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.commands.common import Context, configured, recording, say, with_json
+from pipeline.commands.common import SHARD, Context, configured, recording, say, with_json
 
 __all__ = ["capture", "demo", "ingest", "replay", "run", "train", "update"]
 
@@ -64,6 +64,8 @@ def run(
 @click.option("--lockstep", is_flag=True, help="Wait at each window's close until it is decided.")
 @click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
 @recording
+@click.option("--shard", type=SHARD, metavar="N",
+              help="Which of several ingest processes to be: its number from 1, or its shard.")  # fmt: skip
 @click.option("--replay", type=click.Path(path_type=Path, exists=True, dir_okay=False), hidden=True)
 @click.option("--speed", type=float, default=0.0, hidden=True)
 def ingest(
@@ -73,13 +75,23 @@ def ingest(
     lockstep: bool,
     max_events: int,
     capture: Path | None,
+    shard: str | None,
     replay: Path | None,
     speed: float,
 ) -> None:
-    """Only the ingest process: sources into the ring."""
+    """Only one ingest process: its sources into its ring."""
     from pipeline.roles import run_ingest
+    from pipeline.shards import shard_number
 
     config = Context(path, overrides).load(require_sources=replay is None)
+    processes = config.ingest.processes
+    if shard is None and replay is None and processes > 1:
+        raise click.UsageError(
+            f"ingest.processes is {processes}: say which one to be, as in --shard 1, or use `edgewater run`"
+        )
+    number = shard_number(shard) if shard else 1
+    if number > processes:
+        raise click.BadParameter(f"there are {processes} (ingest.processes)", param_hint="--shard")
     run_ingest(
         config,
         finite=finite,
@@ -88,6 +100,7 @@ def ingest(
         capture=capture,
         replay=replay,
         speed=speed,
+        number=number,
     )
 
 

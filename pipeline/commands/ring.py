@@ -7,9 +7,14 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands.common import FAILED, Context, configured, fail, say, say_both, with_json
+from pipeline.commands.common import FAILED, SHARD, Context, configured, fail, say, say_both, with_json
 
 __all__ = ["ring"]
+
+of_shard = click.option(
+    "--shard", type=SHARD, default="main", show_default=True, metavar="N",
+    help="Whose ring, of several: the number of the ingest process, or its shard.",
+)  # fmt: skip
 
 
 @click.group()
@@ -20,18 +25,20 @@ def ring() -> None:
 @ring.command("info")
 @configured
 @with_json
-def ring_info(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+@of_shard
+def ring_info(path: Path | None, overrides: tuple[str, ...], as_json: bool, shard: str) -> None:
     """Size, samples, windows, blocks and compression of the ring."""
     from pipeline.ring_verbs import ring_info as look
 
-    say_both(look(Context(path, overrides).load()), as_json)
+    say_both(look(Context(path, overrides).load(), shard), as_json)
 
 
 @ring.command("export")
 @configured
 @with_json
+@of_shard
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
-def ring_export(path: Path | None, overrides: tuple[str, ...], as_json: bool, file: Path) -> None:
+def ring_export(path: Path | None, overrides: tuple[str, ...], as_json: bool, shard: str, file: Path) -> None:
     """Back the ring up into FILE (- for standard output), consistent while ingest runs.
 
     FILE appears, or replaces an older one, when it is complete. It holds the stored samples in the clear
@@ -42,12 +49,12 @@ def ring_export(path: Path | None, overrides: tuple[str, ...], as_json: bool, fi
 
     config = Context(path, overrides).load()
     if str(file) != "-":
-        say_both(export_from(config, file.absolute()), as_json)
+        say_both(export_from(config, file.absolute(), shard), as_json)
         return
     if sys.stdout.isatty():
         raise click.UsageError("standard output is a terminal: pipe it into a file or a program")
     try:
-        data, text = export_from(config, sys.stdout.buffer)
+        data, text = export_from(config, sys.stdout.buffer, shard)
         sys.stdout.flush()
     except BrokenPipeError:
         fail(FAILED, "who read the export has ended: it is not complete")
@@ -57,15 +64,22 @@ def ring_export(path: Path | None, overrides: tuple[str, ...], as_json: bool, fi
 @ring.command("import")
 @configured
 @with_json
+@of_shard
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True))
 @click.option("--max-bytes", metavar="SIZE",
               help="Size of the new ring; older samples are left out if they do not fit"
                    " [default: ring.max_bytes].")  # fmt: skip
 def ring_import(
-    path: Path | None, overrides: tuple[str, ...], as_json: bool, file: Path, max_bytes: str | None
+    path: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    shard: str,
+    file: Path,
+    max_bytes: str | None,
 ) -> None:
     """Make the ring of a data folder that has none of FILE (- for standard input), which `ring export` wrote.
 
+    With several ingest processes each has a ring: export and import every one, each as its own --shard.
     Everything is checked before the ring appears. Where the registry is new too, all windows that the
     ring holds are due again: at most trigger.max_due of them wait, older ones are merged.
     """
@@ -77,4 +91,4 @@ def ring_import(
         size = int(Size.parse(max_bytes)) if max_bytes else int(config.ring.max_bytes)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--max-bytes") from None
-    say_both(import_into(config, sys.stdin.buffer if str(file) == "-" else file, size), as_json)
+    say_both(import_into(config, sys.stdin.buffer if str(file) == "-" else file, size, shard), as_json)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from pipeline import doctor
 from pipeline.doctor import Finding
+from pipeline.settings import Config, IngestSettings, RingSettings, Source
+from pipeline.units import Size
 from storage.errors import LockHeldError
 from storage.folder import DataFolder
 from storage.opening import opened_ring
@@ -33,9 +33,13 @@ def data(tmp_path: Path) -> Iterator[DataFolder]:
     folder.close()
 
 
-def config(data: DataFolder) -> Any:
-    """As much of a configuration as the data folder's part of doctor reads."""
-    return SimpleNamespace(data_dir=data.path, ring=SimpleNamespace(max_bytes=MAP_BYTES))
+def config(data: DataFolder, processes: int = 1) -> Config:
+    """A configuration of that data folder, with a source for each ingest process."""
+    sources = tuple(Source(name=f"s{number}", kind="stdin") for number in range(processes))
+    return Config(
+        data_dir=data.path, ring=RingSettings(max_bytes=Size(MAP_BYTES)), sources=sources,
+        ingest=IngestSettings(processes=processes),
+    )  # fmt: skip
 
 
 def look(data: DataFolder) -> list[Finding]:
