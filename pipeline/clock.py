@@ -58,14 +58,19 @@ def follow(
         arrivals: Seconds since 1970, in the order in which they came.
     Returns: The stream time of each, never decreasing, and the state after them.
     """
+    arrivals = [*arrivals]
+    if clock is _RIGHT and arrivals and _runs_on(stream_time, arrivals):  # nearly always
+        return arrivals, clock
     times: list[float] = []
     for arrival in arrivals:
-        if clock is _RIGHT and 0.0 <= arrival - stream_time <= LEAP_S:  # nearly all
-            stream_time = arrival
-        else:
-            stream_time, clock = _step(stream_time, clock, arrival)
+        stream_time, clock = _step(stream_time, clock, arrival)
         times.append(stream_time)
     return times, clock
+
+
+def _runs_on(now: float, arrivals: list[float]) -> bool:
+    """Whether each arrival fits, and none lies behind the one before it."""
+    return now <= arrivals[0] and arrivals[-1] - now <= LEAP_S and arrivals == sorted(arrivals)
 
 
 def _step(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockState]:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from pipeline.clock import HOLD_S
-from pipeline.events import Batch, Event, Exchange, Line, Reading, Text
+from pipeline.events import KIND_OF, Batch, Event, Exchange, Line, Reading, Text
 from pipeline.render import Deadband
 from storage.samples import HASH_BYTES
 
 __all__ = ["Dedup", "DedupMode", "SeenHashes"]
 
+MAX_REMEMBERED = 4_096
 MAX_REFERENCE_TAGS = 1_024  # a source that invents tags must not grow its row without end
 DedupMode = str  # "delivery" | "content" | "none", checked by the configuration
 NO_HASH = bytes(HASH_BYTES)
@@ -31,12 +32,15 @@ class SeenHashes:
     """Hashes of the newest `horizon` samples, first in first out, as far as the ring holds them.
 
     Holds the leading 8 bytes of each as an integer, its key: among 200,000 of them a new event is taken for
-    an old one by chance once in 10^14. 24 bytes a hash, taken once: the keys by seq, 8 bytes, and a table of
-    twice as many slots, 8 bytes each, in which a key lies at the first free slot from `key % slots` downward.
+    an old one by chance once in 10^14. 24 bytes a hash, taken once: the keys by seq, 8 bytes, in the cell
+    `seq % horizon + 1` of a circle; and two tables of twice as many slots, 4 bytes each, that find the cell
+    of a key. It stands in the first free slot from `key % slots` downward: downward, because Python's
+    negative indices then wrap around by themselves.
 
-    Downward, because Python's negative indices then wrap around by themselves; and never more than half full,
-    so a search ends after about two slots. A key that is forgotten leaves no tombstone: those that passed
-    over it on their way move up, so the table never has to be rebuilt while events wait.
+    Nothing is ever deleted from a table. A key is forgotten when its cell takes another: a slot that names a
+    cell with another key finds nothing. New keys go into the young table; each time the circle is full, it
+    becomes the old one, and the old one, whose last cell was just overwritten, is emptied. So neither is more
+    than half full, and a search ends after about two slots in each.
 
     Args:
         horizon: So many samples back.
@@ -49,86 +53,93 @@ class SeenHashes:
         if count > horizon:
             raise ValueError(f"{count} hashes for a horizon of {horizon}")
         self._horizon = horizon
-        self._keys = array("Q", [0]) * horizon  # by seq, 0 where nothing identifies the sample
-        self._slots = array("Q", [0]) * (2 * horizon or 1)  # 0 is free
-        self._held = 0
-        self._first, self._next = next_seq - count, next_seq
-        if count:
-            keys = self._fill(array("Q", hashes)[:: HASH_BYTES // 8])
-            start = self._first % horizon
-            self._keys[start : start + count] = keys[: horizon - start]
-            self._keys[: max(0, start + count - horizon)] = keys[horizon - start :]
+        self._keys = array("Q", [0]) * (horizon + 1)  # 0 where nothing identifies the sample; cell 0 is none
+        self._young, self._old = self._empty_table(), self._empty_table()
+        self._first = self._next = next_seq - count
+        for key in array("Q", hashes)[:: HASH_BYTES // 8]:
+            self._put(key)
 
     def __len__(self) -> int:
-        return self._held
+        return len(self._keys) - self._keys.count(0)
 
     def __contains__(self, digest: bytes) -> bool:
-        key = _key(digest)[0]
-        slots = self._slots
-        at = key % len(slots)
-        while held := slots[at]:
-            if held == key:
-                return True
-            at -= 1
-        return False
+        return self._holds(_key(digest)[0])
 
     def add(self, digest: bytes) -> None:
         """Remember the hash of the next sample; the one beyond the horizon is forgotten."""
-        if not self._horizon:
-            return
-        if self._first <= self._next - self._horizon:
-            self.forget_before(self._next + 1 - self._horizon)
-        key = _key(digest)[0]
-        slots = self._slots
-        at = key % len(slots)
-        while (held := slots[at]) and held != key:
-            at -= 1
-        if held or not key:
-            key = 0
-        else:
-            slots[at] = key
-            self._held += 1
-        self._keys[self._next % self._horizon] = key
-        self._next += 1
+        if self._horizon:
+            self._put(_key(digest)[0])
+
+    def admit(self, digests: Sequence[bytes]) -> list[int]:
+        """Remember those that are new, one after the other. Returns: their indices.
+
+        As `in` and `add` for each in turn would, but for the calls: it runs for every event.
+        """
+        horizon, keys = self._horizon, self._keys
+        if not horizon:
+            return [*range(len(digests))]
+        count = 2 * horizon
+        young, old, following = self._young, self._old, self._next
+        new: list[int] = []
+        for i, key in enumerate(array("Q", b"".join(digests))[:: HASH_BYTES // 8]):
+            if key:
+                free = at = key % count
+                while (cell := young[free]) and keys[cell] != key:
+                    free -= 1
+                if cell:
+                    continue
+                while (cell := old[at]) and keys[cell] != key:
+                    at -= 1
+                if cell:
+                    continue
+            cell = following % horizon + 1
+            if cell == 1 and following:
+                self._turn()
+                young, old, free = self._young, self._old, key % count
+            keys[cell] = key
+            if key:
+                young[free] = cell
+            following += 1
+            new.append(i)
+        self._next = following
+        return new
 
     def forget_before(self, seq: int) -> None:
         """Forget samples before a seq: a restart could not read them back, and must not decide otherwise."""
+        self._first = max(self._first, self._next - self._horizon)
         while self._first < min(seq, self._next):
-            if key := self._keys[self._first % self._horizon]:
-                self._remove(key)
+            self._keys[self._first % self._horizon + 1] = 0
             self._first += 1
 
-    def _fill(self, keys: array[int]) -> array[int]:
-        """Put the keys of consecutive samples into the empty table. Returns: them, 0 for a repeated one."""
-        slots = self._slots
-        count = len(slots)
-        for i in range(len(keys) - 1, -1, -1):  # the newer of two equal ones keeps it
-            key = keys[i]
-            at = key % count
-            while (held := slots[at]) and held != key:
+    def _holds(self, key: int) -> bool:
+        keys = self._keys
+        for slots in (self._young, self._old) if key else ():
+            at = key % len(slots)
+            while cell := slots[at]:
+                if keys[cell] == key:
+                    return True
                 at -= 1
-            if held or not key:
-                keys[i] = 0
-            else:
-                slots[at] = key
-                self._held += 1
-        return keys
+        return False
 
-    def _remove(self, key: int) -> None:
-        slots = self._slots
-        count = len(slots)
-        hole = key % count
-        while slots[hole] != key:
-            hole -= 1
-        at = hole - 1
-        while held := slots[at]:
-            # A search for `held` starts at `held % count` and goes down: does it pass the hole before `at`?
-            if (held - at) % count >= hole - at:
-                slots[hole] = held
-                hole = at
-            at -= 1
-        slots[hole] = 0
-        self._held -= 1
+    def _put(self, key: int) -> None:
+        cell = self._next % self._horizon + 1
+        if cell == 1 and self._next:
+            self._turn()
+        slots, keys = self._young, self._keys
+        if key:
+            at = key % len(slots)
+            while slots[at] and keys[slots[at]] != key:
+                at -= 1
+            slots[at] = cell  # the newer of two equal ones counts
+        keys[cell] = key
+        self._next += 1
+
+    def _turn(self) -> None:
+        self._old = self._young
+        self._young = self._empty_table()
+
+    def _empty_table(self) -> array[int]:
+        return array("I", [0]) * (2 * self._horizon or 1)
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -148,6 +159,8 @@ class Dedup:
         references: Source -> encoded Reference, as the ring holds them.
         mode_of: (source, kind of event) -> "delivery", "content" or "none".
         deadband_of: Source -> its deadband, None if it reports everything.
+        elsewhere: Hashes of what other shards of the host stored before this process began.
+        horizon: After so many samples of its own those are too old to matter, and are forgotten.
     """
 
     def __init__(
@@ -158,66 +171,104 @@ class Dedup:
         references: Mapping[str, bytes],
         mode_of: Callable[[str, str], DedupMode],
         deadband_of: Callable[[str], Deadband | None],
+        elsewhere: SeenHashes | None = None,
+        horizon: int = 0,
     ) -> None:
-        self._key = key
+        self._elsewhere, self._horizon = elsewhere, horizon
+        # Copied for each event, which costs less than to make one with this key.
+        self._hasher = hashlib.blake2b(digest_size=HASH_BYTES, key=key)
         self._seen = seen
         self._held_from = held_from
         decode = msgspec.msgpack.Decoder(Reference).decode
         self._references = {source: decode(data) for source, data in references.items()}
         self._mode_of = mode_of
+        self._modes: dict[tuple[str, type[Event]], DedupMode] = {}
         self._deadband_of = deadband_of
 
     def __call__(self, batch: Batch) -> Batch:
         """Keep the first of each; count the rest as duplicates or suppressed."""
-        keep: list[int] = []
-        hashes: list[bytes] = []
-        changed: dict[str, Reference] = {}
-        duplicates = suppressed = 0
         self._seen.forget_before(self._held_from())
-        for i, (number, event) in enumerate(batch.events):
-            line = batch.lines[number]
-            digest = self._hash(event, line, batch.times[i])
-            if digest in self._seen:
-                duplicates += 1
-            elif isinstance(event, Reading) and not self._reports(event, line, batch.arrivals[i], changed):
-                suppressed += 1
-            else:
-                # What is stored is remembered, in its order: the set that a restart reads back is this one.
-                self._seen.add(digest)
-                keep.append(i)
-                hashes.append(digest)
+        digests = self._digests(batch)
+        changed: dict[str, Reference] = {}
+        suppressed = 0
+        if self._elsewhere is None and not any(map(self._deadband_of, {*batch.sources})):
+            keep = self._seen.admit(digests)
+        else:
+            keep, suppressed = self._admit_each(batch, digests, changed)
+        self._horizon -= len(keep)
+        if self._horizon <= 0:
+            self._elsewhere = None
+        duplicates = len(digests) - len(keep) - suppressed
+        outcome = msgspec.structs.replace(batch.outcome, duplicates=duplicates, suppressed=suppressed)
+        if len(keep) == len(digests):
+            return msgspec.structs.replace(
+                batch, hashes=digests, references=_encoded(changed), outcome=outcome
+            )
         return msgspec.structs.replace(
             batch,
             events=[batch.events[i] for i in keep],
+            sources=[batch.sources[i] for i in keep],
             times=[batch.times[i] for i in keep],
             arrivals=[batch.arrivals[i] for i in keep],
-            hashes=hashes,
-            references={source: msgspec.msgpack.encode(ref) for source, ref in changed.items()},
-            outcome=msgspec.structs.replace(batch.outcome, duplicates=duplicates, suppressed=suppressed),
+            hashes=[digests[i] for i in keep],
+            references=_encoded(changed),
+            outcome=outcome,
         )
 
-    def _hash(self, event: Event, line: Line, ts: float) -> bytes:
-        source = event.source or line.origin.source
-        mode = self._mode_of(source, type(event).__struct_config__.tag)  # type: ignore[arg-type]
-        if mode == "none":
-            return NO_HASH
-        if mode == "content":
-            identity: object = ("c", source, _content(event))
-        elif event.id is not None:
-            identity = ("i", source, event.id)
-        elif line.key:
-            identity = ("k", line.origin.input, line.key)
-        elif event.ts is not None:
-            identity = ("t", source, ts, _content(event))
-        elif line.offset >= 0:
-            identity = ("p", line.origin.input, line.origin.began, line.offset, line.data)
-        else:
-            return NO_HASH  # nothing tells a redelivery from a new event: see the README
-        data = msgspec.msgpack.encode(identity)
-        return hashlib.blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
+    def _admit_each(
+        self, batch: Batch, digests: list[bytes], changed: dict[str, Reference]
+    ) -> tuple[list[int], int]:
+        """Which events are kept where more than their hashes decides; and how many were suppressed."""
+        keep: list[int] = []
+        suppressed = 0
+        for i, digest in enumerate(digests):
+            if digest in self._seen or (self._elsewhere is not None and digest in self._elsewhere):
+                continue
+            event = batch.events[i][1]
+            if isinstance(event, Reading) and not self._reports(
+                event, batch.sources[i], batch.arrivals[i], changed
+            ):
+                suppressed += 1
+                continue
+            # What is stored is remembered, in its order: the set that a restart reads back is this one.
+            self._seen.add(digest)
+            keep.append(i)
+        return keep, suppressed
 
-    def _reports(self, event: Reading, line: Line, now: float, changed: dict[str, Reference]) -> bool:
-        source = event.source or line.origin.source
+    def _digests(self, batch: Batch) -> list[bytes]:
+        """The hash of each event, NO_HASH where nothing identifies it."""
+        encode, copied, lines = msgspec.msgpack.encode, self._hasher.copy, batch.lines
+        digests: list[bytes] = []
+        mode, of, by = "", None, None  # events of one source and kind mostly come in runs
+        for (number, event), source, when in zip(batch.events, batch.sources, batch.times, strict=True):
+            kind = type(event)
+            if source is not of or kind is not by:
+                mode, of, by = self._mode(source, kind), source, kind
+            line = lines[number]
+            if mode == "delivery" and event.id is None and event.ts is not None and not line.key:
+                content = sorted(event.values.items()) if type(event) is Reading else _content(event)
+                identity: object = ("t", source, when, content)  # nearly all; the others stand in _identity
+            else:
+                identity = _identity(mode, source, event, line, when)
+            if identity is None:
+                digests.append(NO_HASH)
+                continue
+            hasher = copied()
+            hasher.update(encode(identity))
+            digests.append(hasher.digest())
+        return digests
+
+    def _mode(self, source: str, kind: type[Event]) -> DedupMode:
+        mode = self._modes.get((source, kind))
+        if mode is not None:
+            return mode
+        mode = self._mode_of(source, KIND_OF[kind])
+        if len(self._modes) >= MAX_REMEMBERED:  # names come from the events: remember only so many
+            self._modes.clear()
+        self._modes[source, kind] = mode
+        return mode
+
+    def _reports(self, event: Reading, source: str, now: float, changed: dict[str, Reference]) -> bool:
         deadband = self._deadband_of(source)
         if deadband is None:
             return True
@@ -230,6 +281,27 @@ class Dedup:
         kept = dict(list(values.items())[-MAX_REFERENCE_TAGS:])
         self._references[source] = changed[source] = Reference(now, kept)
         return True
+
+
+def _identity(mode: DedupMode, source: str, event: Event, line: Line, ts: float) -> object:
+    """What tells an event from others, None where nothing does; rings hold hashes of it: it never changes."""
+    if mode == "none":
+        return None
+    if mode == "content":
+        return ("c", source, _content(event))
+    if event.id is not None:
+        return ("i", source, event.id)
+    if line.key:
+        return ("k", line.origin.input, line.key)
+    if event.ts is not None:
+        return ("t", source, ts, _content(event))
+    if line.offset >= 0:
+        return ("p", line.origin.input, line.origin.began, line.offset, line.data)
+    return None  # nothing tells a redelivery from a new event: see the README
+
+
+def _encoded(references: Mapping[str, Reference]) -> dict[str, bytes]:
+    return {source: msgspec.msgpack.encode(reference) for source, reference in references.items()}
 
 
 def _content(event: Event) -> object:

@@ -9,7 +9,10 @@ import msgspec
 
 from pipeline.events import Reading
 
-__all__ = ["Deadband", "TemplateError", "compile_template", "format_value", "render_reading"]
+__all__ = ["Deadband", "ReadingText", "TemplateError", "compile_template", "format_value"]
+
+
+MAX_FORMS = 256
 
 
 class TemplateError(ValueError):
@@ -79,30 +82,83 @@ def compile_template(template: str) -> list[tuple[str, str]]:
     return out
 
 
-def render_reading(
-    event: Reading,
-    source: str,
-    *,
-    template: str,
-    tags: tuple[str, ...],
-    units: Mapping[str, str],
-    digits: int,
-) -> str:
-    """Write a reading as text.
+class _Form(msgspec.Struct, frozen=True):
+    """How readings with the same tags, units and order are written.
+
+    Attributes:
+        numbers: The text with "%.3g" where a value goes.
+        texts: The same with "%s".
+        tags: Whose value goes where; None for all, in the reading's order.
+        e_count: How often "e" stands in the text without the values.
+    """
+
+    numbers: str
+    texts: str
+    tags: tuple[str, ...] | None
+    e_count: int
+
+
+class ReadingText:
+    """Writes the readings of one source as text.
 
     Without a template: "pump-1 pressure=3.42bar flow=123", the values in the event's order or in that of
     `tags`. A tag that the reading lacks is left out; in a template it becomes "?".
+
+    What depends on the names of the tags alone is done once for each set of them: a device sends few.
+
+    Args:
+        source: Its name.
+        template: Text with {tag} where a value goes, "" for none.
+        tags: Which values to write, in this order; empty writes all.
+        units: Tag -> what to write behind its value, in place of the event's own.
+        digits: Significant digits.
     """
 
-    def value(tag: str) -> str:
-        found = event.values.get(tag)
-        if found is None:
-            return "?"
-        return format_value(found, digits) + units.get(tag, event.units.get(tag, ""))
+    def __init__(
+        self, source: str, *, template: str, tags: tuple[str, ...], units: Mapping[str, str], digits: int
+    ) -> None:
+        self._source, self._tags, self._units, self._digits = source, tags, units, digits
+        self._template = compile_template(template) if template else []
+        self._forms: dict[object, _Form] = {}
 
-    if template:
-        return "".join(
-            literal + (value(field) if field else "") for literal, field in compile_template(template)
-        )
-    written = [tag for tag in tags if tag in event.values] if tags else event.values
-    return " ".join([source, *(f"{tag}={value(tag)}" for tag in written)])
+    def __call__(self, event: Reading) -> str:
+        """A reading as text."""
+        values = event.values
+        names: object = (*values,) if not event.units else (*values, None, *event.units.items())
+        form = self._forms.get(names) or self._form_of(names, event)
+        tags = form.tags
+        numbers = (*values.values(),) if tags is None else tuple([values[tag] for tag in tags])
+        if 0.0 in numbers:
+            numbers = tuple([number + 0.0 for number in numbers])  # a zero has no sign here
+        text = form.numbers % numbers
+        if text.count("e") == form.e_count:
+            return text
+        # A value was written with an exponent, which people do not write.
+        return form.texts % tuple([format_value(number, self._digits) for number in numbers])
+
+    def _form_of(self, names: object, event: Reading) -> _Form:
+        pieces = self._pieces(event)
+        numbers, texts, literals = [], [], []
+        for literal, tag in pieces:
+            if tag is not None and tag not in event.values:
+                literal, tag = literal + "?", None
+            literals.append(literal)
+            unit = "" if tag is None else self._units.get(tag, event.units.get(tag, ""))
+            literals.append(unit)
+            literal, unit = literal.replace("%", "%%"), unit.replace("%", "%%")
+            numbers.append(literal if tag is None else f"{literal}%.{self._digits}g{unit}")
+            texts.append(literal if tag is None else f"{literal}%s{unit}")
+        tags = tuple(tag for _, tag in pieces if tag in event.values)
+        whole = None if tags == (*event.values,) else tags
+        form = _Form("".join(numbers), "".join(texts), whole, "".join(literals).count("e"))
+        if len(self._forms) >= MAX_FORMS:  # a source may invent tags without end
+            self._forms.clear()
+        self._forms[names] = form
+        return form
+
+    def _pieces(self, event: Reading) -> list[tuple[str, str | None]]:
+        """Pairs of a literal text and the tag whose value follows it, None for none."""
+        if self._template:
+            return [(literal, tag or None) for literal, tag in self._template]
+        tags = [tag for tag in self._tags if tag in event.values] if self._tags else [*event.values]
+        return [(self._source, None), *((f" {tag}=", tag) for tag in tags)]

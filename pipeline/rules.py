@@ -9,14 +9,14 @@ import msgspec
 
 from pipeline.config import source_defaults
 from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading, Text
-from pipeline.render import Deadband, render_reading
+from pipeline.render import Deadband, ReadingText
 from pipeline.settings import Config, Render, Source
 from storage.windows import DeadLetter
 
 __all__ = ["SourceRules"]
 
 MAX_REMEMBERED = 4_096
-# What JSON can write as itself, which a rule must see; and a backslash of its own, which begins no such thing.
+# What JSON can write as itself, which a rule must see; and a backslash of its own, which begins nothing.
 _ESCAPED = re.compile(rb"\\\\|\\u([0-9A-Fa-f]{4})")
 
 
@@ -27,18 +27,14 @@ class SourceRules:
         self._sources = {source.name: source for source in config.sources}
         self._redactions = [(rule.compiled(), frozenset(rule.sources)) for rule in config.redact]
         self._horizon = config.dedup.horizon_events
-        self._modes: dict[tuple[str, str], str] = {}
+        self._renderers: dict[str, ReadingText] = {}
 
     def dedup_mode(self, source: str, kind: str) -> str:
         """ "delivery", "content" or "none" for events of a kind from a source."""
-        mode = self._modes.get((source, kind))
-        if mode is None:
-            defaults = source_defaults(source, kind)
-            named = self._sources.get(source, defaults)
-            mode = (named.dedup or defaults.dedup or "none") if self._horizon else "none"
-            if len(self._modes) < MAX_REMEMBERED:  # names come from the events: remember only so many
-                self._modes[source, kind] = mode
-        return mode
+        if not self._horizon:
+            return "none"
+        defaults = source_defaults(source, kind)
+        return self._sources.get(source, defaults).dedup or defaults.dedup or "none"
 
     def deadband(self, source: str) -> Deadband | None:
         """The source's deadband, None if every reading is kept."""
@@ -46,19 +42,25 @@ class SourceRules:
 
     def render(self, source: str, event: Reading) -> str:
         """A reading as text."""
-        named = self._sources.get(source)
-        how = named.render if named else Render()
-        return render_reading(
-            event, source, template=how.template, tags=how.tags, units=how.units, digits=how.digits
-        )
+        written = self._renderers.get(source)
+        if written is None:
+            named = self._sources.get(source)
+            how = named.render if named else Render()
+            written = ReadingText(
+                source, template=how.template, tags=how.tags, units=how.units, digits=how.digits
+            )
+            if len(self._renderers) >= MAX_REMEMBERED:  # names come from the events: remember only so many
+                self._renderers.clear()
+            self._renderers[source] = written
+        return written(event)
 
     def redact(self, batch: Batch) -> Batch:
         """Take out of events and dead letters what the rules name, before anything is hashed or stored."""
         if not self._redactions:
             return batch
         events = [
-            (number, self._redact_event(event, event.source or batch.lines[number].origin.source))
-            for number, event in batch.events
+            (number, self._redact_event(event, source))
+            for (number, event), source in zip(batch.events, batch.sources, strict=True)
         ]
         return msgspec.structs.replace(batch, events=events, dead=[*map(self._redact_letter, batch.dead)])
 

@@ -5,6 +5,7 @@ Text is encoded with special tokens split, so that no data can produce a control
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import msgspec
 from fastokens import Tokenizer
 
 from adapters.model_folder import BaseModelError, ChatFormat, ModelManifest, replace_unencodable, verify
-from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading
+from pipeline.events import KIND_OF, Batch, Event, Exchange, Feedback, Message, Reading, Text
 from storage.samples import Samples
 
 __all__ = ["BatchTokenizer", "TokenizeStep"]
@@ -27,6 +28,7 @@ class BatchTokenizer:
     def __init__(self, model: Path) -> None:
         self.manifest: ModelManifest = verify(model, weights=False)
         self._clean = replace_unencodable(self.manifest)
+        self._unclean_ascii = bytes(i for i in range(128) if self._clean(chr(i)) != chr(i))
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         texts = [golden.text for golden in self.manifest.golden]
         if self.encode(texts) != [golden.ids for golden in self.manifest.golden]:
@@ -41,7 +43,7 @@ class BatchTokenizer:
 
         Returns: all ids flat, and len(texts) + 1 offsets into them.
         """
-        raw_ids, raw_offsets = self._tokenizer.encode_batch_flat([*map(self._clean, texts)], False, True)
+        raw_ids, raw_offsets = self._tokenizer.encode_batch_flat(self._cleaned(texts), False, True)
         ids: array[int] = array("I")
         ids.frombytes(raw_ids)
         offsets: array[int] = array("Q")
@@ -52,6 +54,16 @@ class BatchTokenizer:
         """Encode texts to a list of ids each."""
         ids, offsets = self.encode_flat(texts)
         return [ids[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))]
+
+    def _cleaned(self, texts: list[str]) -> list[str]:
+        """The texts without characters that have no ids: nearly always, and told by one look, as they are."""
+        joined = "".join(texts)
+        data = joined.encode(errors="replace")  # of a lone surrogate, which the vocabulary lacks as well
+        if len(data.translate(None, self._unclean_ascii)) != len(data):
+            return [*map(self._clean, texts)]
+        if joined.isascii():
+            return texts
+        return [text if text.isascii() else self._clean(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens written out."""
@@ -110,22 +122,21 @@ class TokenizeStep:
         """Turn events into samples, in order."""
         if not batch.events:
             return batch
-        texts = [self._text(event, batch.lines[n].origin.source) for n, event in batch.events]
+        render, plain = self._render, True
+        texts: list[str] = []
+        for (_, event), source in zip(batch.events, batch.sources, strict=True):
+            if type(event) is Reading:
+                texts.append(render(source, event))
+            elif type(event) is Text:
+                texts.append(event.text)
+            else:
+                texts.append(_NO_TEXT)  # encoded on its own below, or nothing to learn
+                plain = False
         flat, offsets = self._tokenizer.encode_flat(texts)
-        plain = not any(isinstance(event, Exchange | Feedback) for _, event in batch.events)
         if plain:
-            lengths = array("I", [offsets[i + 1] - offsets[i] for i in range(len(texts))])
+            lengths = array("I", map(operator.sub, offsets[1:], offsets))
             return self._finish(batch, texts, lengths, flat, bytearray(b"\x01") * len(flat))
         return self._mixed(batch, texts, flat, offsets)
-
-    def _text(self, event: Event, source: str) -> str:
-        match event:
-            case Reading():
-                return self._render(event.source or source, event)
-            case Exchange() | Feedback():
-                return _NO_TEXT  # encoded on its own below, or nothing to learn
-            case _:
-                return event.text
 
     def _mixed(self, batch: Batch, texts: list[str], flat: array[int], offsets: array[int]) -> Batch:
         lengths, ids, mask = array("I"), array("I"), bytearray()
@@ -150,8 +161,8 @@ class TokenizeStep:
     ) -> Batch:
         samples = Samples(
             0,
-            [event.source or batch.lines[n].origin.source for n, event in batch.events],
-            [str(type(event).__struct_config__.tag) for _, event in batch.events],
+            batch.sources,
+            [KIND_OF[type(event)] for _, event in batch.events],
             [event.subject or "" for _, event in batch.events],
             array("d", batch.times),
             lengths,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import msgspec
 
@@ -60,7 +62,7 @@ def walk(
         trigger: When windows close.
         window: The open window before the first sample.
         first_seq: Seq of the first sample.
-        tokens, arrivals: Tokens and stream time of each sample.
+        tokens, arrivals: Tokens and stream time of each sample; stream time never goes back.
         tick: Stream time of a tick after them, 0 for none.
         requested: Whether a person asked for the window to close now.
     Returns: The open window after them, and the windows closed, in order. Equal for equal sequences,
@@ -76,16 +78,42 @@ def walk(
         )
         window = OpenWindow(window.window + 1, last + 1)
 
-    for i, (count, arrival) in enumerate(zip(tokens, arrivals, strict=True)):
-        if trigger.aged(window, arrival):
-            close(arrival, "age")
+    # totals[k] is the sum of the first k: how far a window reaches is looked up, not counted one by one.
+    n, i = len(tokens), 0
+    totals = [0, *accumulate(tokens)]
+    while i < n:
+        if trigger.aged(window, arrivals[i]):
+            close(arrivals[i], "age")
         if not window.samples:
-            window = OpenWindow(window.window, first_seq + i, 0, 0, arrival)
-        window = msgspec.structs.replace(window, samples=window.samples + 1, tokens=window.tokens + count)
+            window = OpenWindow(window.window, first_seq + i, 0, 0, arrivals[i])
+        before = totals[i] - window.tokens
+        end = min(i + max(1, trigger.min_samples - window.samples), n)  # it holds this many samples, or
+        end = min(bisect_left(totals, before + trigger.min_tokens, i + 1, end), end)  # this many tokens
+        if trigger.max_age_s > 0:
+            end = _first_aged(trigger, window, arrivals, i, end)
+        window = OpenWindow(
+            window.window, window.first_seq, window.samples + end - i, totals[end] - before,
+            window.first_arrival,
+        )  # fmt: skip
+        i = end
         if reason := trigger.full(window):
-            close(arrival, reason)
+            close(arrivals[i - 1], reason)
     if tick and trigger.aged(window, tick):
         close(tick, "age")
     if requested and window.samples:
         close(tick or (arrivals[-1] if arrivals else window.first_arrival), "request")
     return window, closed
+
+
+def _first_aged(
+    trigger: Trigger, window: OpenWindow, arrivals: Sequence[float], joined: int, end: int
+) -> int:
+    """The first sample after `joined`, and before `end`, that the window closes before; `end` if none."""
+    start = joined + max(1, MIN_AGED_SAMPLES - window.samples)
+    if start >= end:
+        return end
+
+    def aged(arrival: float) -> bool:
+        return arrival - window.first_arrival >= trigger.max_age_s
+
+    return bisect_left(arrivals, True, start, end, key=aged)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import operator
 import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from typing import Literal
 
 import msgspec
@@ -274,7 +275,7 @@ def _checksum(*parts: bytes | memoryview) -> bytes:
 
 def _columns(samples: Samples) -> tuple[bytes, int]:
     """The columns of format 2, and the flags that say how they are written."""
-    wide = _WIDE_IDS if samples.ids and max(samples.ids) > 0xFFFF else 0
+    id_column, wide = _id_column(samples.ids)
     masked = _HAS_MASK if 0 in samples.mask else 0
     text = _HAS_TEXT if samples.texts is not None else 0
     sources, source_column = _name_column(samples.sources)
@@ -288,20 +289,35 @@ def _columns(samples: Samples) -> tuple[bytes, int]:
         tables,
         source_column,
         subject_column,
-        bytes([_KIND_CODE[kind] for kind in samples.kinds]),
+        bytes(map(_KIND_CODE.__getitem__, samples.kinds)),
         times,
         array(code, samples.lengths).tobytes(),
-        (samples.ids if wide else array("H", samples.ids)).tobytes(),
+        id_column,
     ]
     if masked:
         parts.append(_pack_bits(samples.mask))
     return b"".join(parts), wide | masked | text | micros
 
 
+def _id_column(ids: array[int]) -> tuple[bytes | bytearray, int]:
+    """Token ids in 16 bits where all fit, else in 32, and the flag that says so.
+
+    Every other pair of bytes: number by number it would take longer than all other columns together.
+    """
+    raw = ids.tobytes()
+    if raw[2::4] != (none := bytes(len(ids))) or raw[3::4] != none:
+        return raw, _WIDE_IDS
+    column = bytearray(2 * len(ids))
+    column[::2], column[1::2] = raw[::4], raw[1::4]
+    return column, 0
+
+
 def _name_column(names: list[str]) -> tuple[list[str], bytes]:
     """The distinct names in order, and the index of each sample's in 8 bits, or 16 from 257 names on."""
     table = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return list(table), array(_index_code(len(table)), [table[name] for name in names]).tobytes()
+    if len(table) == 1:
+        return [names[0]], bytes(len(names))
+    return list(table), array(_index_code(len(table)), map(table.__getitem__, names)).tobytes()
 
 
 def _index_code(names: int) -> str:
@@ -324,11 +340,11 @@ def _time_column(ts: array[float]) -> tuple[bytes, int]:
 
 
 def _differences(numbers: list[int]) -> list[int]:
-    return [b - a for a, b in zip([0, *numbers], numbers, strict=False)]
+    return [*map(operator.sub, numbers, itertools.chain((0,), numbers))]
 
 
 def _times_of(data: array[int]) -> array[float]:
-    return array("d", [m / 1e6 for m in accumulate(accumulate(data))])
+    return array("d", [m / 1e6 for m in itertools.accumulate(itertools.accumulate(data))])
 
 
 def _pack_bits(mask: bytearray) -> bytes:

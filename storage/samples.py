@@ -11,6 +11,8 @@ __all__ = ["BLANK", "HASH_BYTES", "KINDS", "Samples"]
 
 HASH_BYTES = 16
 BLANK = "blank"
+_TIME_AND_LENGTH = struct.Struct("<dI")
+_PLAIN_HASHER = hashlib.blake2b(digest_size=32)
 KINDS = ("reading", "text", "exchange", "feedback", BLANK)
 
 
@@ -202,14 +204,20 @@ class Samples:
             digest: 32 bytes, the chain so far (zeros for an empty ring).
         Returns: 32 bytes. Equal for equal sequences however they were cut into blocks.
         """
-        blake2b = hashlib.blake2b
-        ids, mask, t0 = memoryview(self.ids), memoryview(self.mask), 0
-        pack = struct.Struct("<dI").pack
-        for source, ts, length in zip(self.sources, self.ts, self.lengths, strict=True):
-            t1 = t0 + length
-            link = blake2b(digest, digest_size=32)
-            link.update(source.encode() + b"\0" + pack(ts, length))
-            link.update(ids[t0:t1])
-            link.update(mask[t0:t1])
-            digest, t0 = link.digest(), t1
+        ids, mask, pack = self.ids.tobytes(), bytes(self.mask), _TIME_AND_LENGTH.pack
+        names = {source: source.encode() + b"\0" for source in {*self.sources}}
+        ends = self.offsets()
+        width = self.ids.itemsize
+        at = [width * end for end in ends]
+        links = [
+            names[source] + pack(ts, length) + ids[i0:i1] + mask[m0:m1]
+            for source, ts, length, i0, i1, m0, m1 in zip(
+                self.sources, self.ts, self.lengths, at[:-1], at[1:], ends[:-1], ends[1:], strict=True
+            )
+        ]
+        fresh = _PLAIN_HASHER.copy  # costs less than to make one
+        for link in links:
+            hasher = fresh()
+            hasher.update(digest + link)
+            digest = hasher.digest()
         return digest

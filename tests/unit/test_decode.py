@@ -238,8 +238,9 @@ def test_every_line_ends_as_an_event_or_a_dead_letter_in_order() -> None:
 
 
 def test_what_the_model_cannot_learn_from_is_a_dead_letter_too() -> None:
-    batch = decode(Batch([Line(text(), 0, ORIGIN)]), lambda event: f"no {type(event).__name__} here")
-    assert [letter.reason for letter in batch.dead] == ["no Text here"]
+    rating = b'{"kind":"feedback","about":"x"}'
+    batch = decode(Batch([Line(rating, 0, ORIGIN)]), lambda event: f"no {type(event).__name__} here")
+    assert [letter.reason for letter in batch.dead] == ["no Feedback here"]
 
 
 @pytest.mark.parametrize(

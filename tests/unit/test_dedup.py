@@ -197,36 +197,37 @@ def test_seen_hashes_are_those_of_the_newest_samples(horizon: int, keys: list[by
             seen.add(digest)
             model.append(digest)
     assert {known for known in digests if known in seen} == set(model) - {NO_HASH}
-    assert len(seen) == len(set(model) - {NO_HASH})
+    assert len(seen) == len([known for known in model if known != NO_HASH])
 
 
-class SetOfHashes:
-    """What SeenHashes promises, written down as plainly as can be: a set beside a list of keys by seq."""
+class ListOfHashes:
+    """What SeenHashes promises, written down as plainly as can be: a list of keys by seq."""
 
     def __init__(self, horizon: int, next_seq: int, hashes: Sequence[bytes]) -> None:
-        self.horizon, self.first, self.next = horizon, next_seq - len(hashes), next_seq
-        self.seen: set[bytes] = set()
-        self.keys: dict[int, bytes] = {}
-        for n in range(len(hashes) - 1, -1, -1):
-            self.keys[self.first + n] = self.new(hashes[n])
+        self.horizon, self.first = horizon, next_seq - len(hashes)
+        self.keys = [digest[:8] for digest in hashes]
 
-    def new(self, digest: bytes) -> bytes:
-        key = digest[:8]
-        if key == bytes(8) or key in self.seen:
-            return b""
-        self.seen.add(key)
-        return key
+    @property
+    def seen(self) -> set[bytes]:
+        return {*self.keys} - {bytes(8)}
 
     def add(self, digest: bytes) -> None:
         if self.horizon:
-            self.forget_before(self.next + 1 - self.horizon)
-            self.keys[self.next] = self.new(digest)
-            self.next += 1
+            self.keys.append(digest[:8])
+            self.forget_before(self.first + len(self.keys) - self.horizon)
 
     def forget_before(self, seq: int) -> None:
-        while self.first < min(seq, self.next):
-            self.seen.discard(self.keys.pop(self.first))
+        while self.keys and self.first < seq:
+            del self.keys[0]
             self.first += 1
+
+    def admit(self, digests: Sequence[bytes]) -> list[int]:
+        new = []
+        for i, digest in enumerate(digests):
+            if digest[:8] not in self.seen:
+                self.add(digest)
+                new.append(i)
+        return new
 
 
 # Few keys of a small table, so that they meet, wrap around and come again; 0 is no key.
@@ -241,25 +242,28 @@ DIGESTS = KEYS.map(lambda n: n.to_bytes(8, "little") + b"restrest")
     st.integers(0, 9),
     st.integers(0, 30),
     st.lists(DIGESTS, max_size=9),
-    st.lists(st.one_of(DIGESTS, st.integers(0, 60)), max_size=60),
+    st.lists(st.one_of(DIGESTS, st.integers(0, 60), st.lists(DIGESTS, max_size=12)), max_size=60),
 )
 def test_the_table_is_the_set_it_stands_for(
-    horizon: int, next_seq: int, held: list[bytes], steps: list[bytes | int]
+    horizon: int, next_seq: int, held: list[bytes], steps: list[bytes | int | list[bytes]]
 ) -> None:
-    """Adding, also what is there, and forgetting before a seq: the same answers and the same length."""
+    """Adding, also what is there, admitting and forgetting: the same answers and the same length."""
     held = held[: min(horizon, next_seq)]
-    model = SetOfHashes(horizon, next_seq, held)
+    model = ListOfHashes(horizon, next_seq, held)
     seen = SeenHashes(horizon, next_seq, b"".join(held))
     known = [*held, *(step for step in steps if isinstance(step, bytes))]
+    known += [digest for step in steps if isinstance(step, list) for digest in step]
     for step in [0, *steps]:
         if isinstance(step, bytes):
             model.add(step)
             seen.add(step)
+        elif isinstance(step, list):
+            assert seen.admit(step) == model.admit(step)
         else:
             model.forget_before(step)
             seen.forget_before(step)
         assert [digest in seen for digest in known] == [digest[:8] in model.seen for digest in known]
-        assert len(seen) == len(model.seen)
+        assert len(seen) == len([key for key in model.keys if key != bytes(8)])
 
 
 def test_a_hash_costs_24_bytes_however_many_there_are() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.events import Reading
-from pipeline.render import Deadband, TemplateError, compile_template, format_value, render_reading
+from pipeline.render import Deadband, ReadingText, TemplateError, compile_template, format_value
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_written_number_is_the_rounded_one(value: float, digits: int) -> None:
 
 def render(event: Reading, **how: object) -> str:
     plain: dict[str, object] = {"template": "", "tags": (), "units": {}, "digits": 3}
-    return render_reading(event, "pump-1", **{**plain, **how})  # type: ignore[arg-type]
+    return ReadingText("pump-1", **{**plain, **how})(event)  # type: ignore[arg-type]
 
 
 READING = Reading(values={"pressure": 3.4219, "flow": 122.64}, units={"pressure": "bar"})

@@ -80,7 +80,8 @@ def test_an_exchange_with_a_system_message_has_no_implied_one(tokenizer: BatchTo
 def batch(*events: Event) -> Batch:
     lines = [Line(b"x", n, Origin("site", "in", 5.0)) for n in range(len(events))]
     return Batch(
-        lines, events=list(enumerate(events)), times=[float(n) for n in range(len(events))],
+        lines, events=list(enumerate(events)), sources=[event.source or "site" for event in events],
+        times=[float(n) for n in range(len(events))],
         arrivals=[5.0] * len(events), hashes=[NO_HASH] * len(events),
     )  # fmt: skip
 
