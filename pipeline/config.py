@@ -319,8 +319,12 @@ def _absolute(config: Config, folder: Path) -> Config:
     if model.path != EMBEDDED_MODEL:
         model = msgspec.structs.replace(model, path=str(folder / model.path))
     sources = tuple(
-        _absolute_journal(
-            msgspec.structs.replace(source, path=str(folder / source.path)) if source.path else source, folder
+        _absolute_files(
+            _absolute_journal(
+                msgspec.structs.replace(source, path=str(folder / source.path)) if source.path else source,
+                folder,
+            ),
+            folder,
         )
         for source in config.sources
     )
@@ -333,3 +337,19 @@ def _absolute_journal(source: Source, folder: Path) -> Source:
         return source
     journal = msgspec.structs.replace(journal, directory=str(folder / journal.directory))
     return msgspec.structs.replace(source, journal=journal)
+
+
+def _absolute_files(source: Source, folder: Path) -> Source:
+    """Resolve keys such as cert_file, and the socket of HTTP."""
+    for kind in ("mqtt", "http", "opcua"):
+        table: msgspec.Struct | None = getattr(source, kind)
+        if table is None:
+            continue
+        files = [name for name in table.__struct_fields__ if name.endswith("_file") and getattr(table, name)]
+        paths = {name: str(folder / getattr(table, name)) for name in files}
+        listen = getattr(table, "listen", "")
+        if listen.startswith("unix:"):
+            paths["listen"] = f"unix:{folder / listen.removeprefix('unix:')}"
+        if paths:
+            source = msgspec.structs.replace(source, **{kind: msgspec.structs.replace(table, **paths)})
+    return source

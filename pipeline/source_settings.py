@@ -6,6 +6,7 @@ cannot show: (key within the table, what is wrong, what to do).
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Final, Literal
@@ -14,14 +15,15 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from pipeline.units import Duration
+from pipeline.units import Duration, Size
 
 __all__ = [
-    "WORDS", "HttpSource", "JournalSource", "ModbusRegister", "ModbusSource", "MqttSource", "OpcuaNode",
-    "OpcuaSource", "RegisterType", "SourceFault",
+    "WORDS", "HttpSource", "JournalSource", "ModbusRegister", "ModbusSource", "MqttSource", "MqttTopic",
+    "OpcuaNode", "OpcuaSource", "RegisterType", "SourceFault",
 ]  # fmt: skip
 
 SourceFault = tuple[str, str, str]
+_EVENT_SOURCE: Final = r"[a-z0-9][a-z0-9._-]{0,63}"
 
 EventSource = Annotated[
     str,
@@ -45,20 +47,145 @@ _NODE_ID: Final = re.compile(
 )
 
 
+class MqttTopic(msgspec.Struct, frozen=True, kw_only=True):
+    """What the messages under a topic filter are, and which source they speak for."""
+
+    payload: Literal["event", "lines", "number", "json", "sparkplug"] = "event"
+    """What a message holds: "event" one JSON event, "lines" at most 1,000 of them, one a line, "number" a
+    plain number as in 21.5, "json" a flat object of numbers, "sparkplug" Sparkplug B."""
+    source: str = ""
+    """Source of the events, by default that of the [[sources]] entry. {1} is what stands at the filter's
+    first wildcard, {2} at the second, made a name; Sparkplug has {group}, {edge} and {device} as well, and
+    "{group}.{edge}.{device}" as its default."""
+    sources: tuple[str, ...] = ()
+    """Other sources that an event may name as its own; one that names any other is refused. ["*"] lets
+    whoever may publish here speak for every source."""
+    tag: str = ""
+    """For payload "number": name of the value, "value" by default; {1} as above."""
+    unit: Annotated[str, Meta(max_length=16)] = ""
+    """For payload "number": unit of the value."""
+    time: str = ""
+    """For payload "json": the key that holds the time, in seconds or milliseconds since 1970 or RFC 3339;
+    empty takes the time of arrival."""
+
+
 class MqttSource(msgspec.Struct, frozen=True, kw_only=True):
-    """An MQTT broker that is subscribed to."""
+    """An MQTT broker that is subscribed to, at QoS 1, with a session that the broker keeps."""
+
+    url: str
+    """The broker, as in "mqtts://broker.local:8883"; "mqtt://" goes without encryption. Without a port 8883,
+    or 1883."""
+    topics: dict[str, MqttTopic]
+    """Topic filter to what its messages are, as in "plant/+/pressure" = { payload = "number", source = "{1}",
+    tag = "pressure" }. What no filter lists is dropped and counted, and so is everything under $SYS."""
+    version: Literal["5", "3.1.1"] = "5"
+    """Version of MQTT. With 3.1.1 the broker sends no more than its own limit ahead of our acknowledgements:
+    see in_flight."""
+    client_id: str = ""
+    """Name of the session at the broker; no other client may use it. By default "edgewater-", the source's
+    name and a hash of this machine's id; set it where that changes, as in a container."""
+    username: str = ""
+    """User at the broker."""
+    password: str = ""
+    """Password at the broker, as in "${cred:mqtt}" or "${file:PATH}"."""
+    ca_file: str = ""
+    """Certificates that the broker's must be signed by; empty trusts those of the system."""
+    cert_file: str = ""
+    """Certificate that we show to the broker."""
+    key_file: str = ""
+    """Private key of cert_file, if it is not in the same file."""
+    session_expiry: Duration = Duration(604_800)
+    """The broker keeps what we miss for so long after a disconnect (MQTT 5; with 3.1.1 the broker's own
+    setting decides)."""
+    keepalive: Duration = Duration(20)
+    """A broker that is silent for so long is given up and connected to again."""
+    retained: Literal["ignore", "take"] = "ignore"
+    """Retained messages, which a broker sends again to each new subscriber: "take" makes events of them."""
+    in_flight: Annotated[int, Meta(ge=1, le=65_535)] = 20
+    """So many messages the broker surely sends ahead of our acknowledgements (mosquitto:
+    max_inflight_messages). From here on a commit is hurried when the broker may be waiting for it."""
+    rebirth: bool = False
+    """For Sparkplug: ask a node for a new birth certificate when messages were lost or an alias is unknown.
+    This publishes a command (NCMD) to the node, at most once a minute."""
+    probe_topic: str = ""
+    """Lets `edgewater doctor` measure the broker's limits by publishing 2,000 short messages to itself under
+    this topic; empty publishes nothing."""
 
     def faults(self) -> Iterator[SourceFault]:
         """What does not fit."""
-        return iter(())
+        from pipeline.sources.mqtt_settings import faults
+
+        return faults(self)
 
 
 class HttpSource(msgspec.Struct, frozen=True, kw_only=True):
-    """An HTTP server that takes events."""
+    """An HTTP server that takes events: POST /v1/events, one event or JSON lines."""
+
+    listen: str = "127.0.0.1:8086"
+    """Address and port, or "unix:PATH" for a socket that this user and group may open. An address that others
+    can reach needs a token, and TLS or allow_plaintext."""
+    token: str = ""
+    """What clients must send as "Authorization: Bearer TOKEN", at least 16 characters, as in
+    "${cred:edgewater-http}". Empty lets everybody in who can reach a loopback address or the socket."""
+    sources: tuple[str, ...] = ()
+    """Other sources that an event may name as its own; one that names any other is refused. ["*"] lets
+    whoever may post here speak for every source."""
+    max_body: Size = Size.parse("8MiB")
+    """A request's body may have so many bytes, packed and unpacked; a larger one gets 413. At most 64 MiB."""
+    gather: Duration = Duration(0.005)
+    """Requests that come within this time share a commit, and wait for it as long. Each commit writes about
+    24 KB to flash: with many single events a second "100ms" or more spares it. At most 10 s."""
+    timeout: Duration = Duration(10)
+    """A request's head must have come within this time, its body within as much and a second for each KiB; a
+    slower one gets 408."""
+    cert_file: str = ""
+    """Certificate, with those between it and its authority, in PEM: switches TLS on. Relative to this
+    configuration file; read at the start."""
+    key_file: str = ""
+    """Private key of cert_file, if it is not in the same file."""
+    allow_plaintext: bool = False
+    """Take events and the token unencrypted from other machines: only in a network that you trust, or behind
+    a proxy that encrypts."""
 
     def faults(self) -> Iterator[SourceFault]:
         """What does not fit."""
-        return iter(())
+        yield from _http_faults(self)
+
+
+def _http_faults(http: HttpSource) -> Iterator[SourceFault]:
+    if not (local := http.listen.startswith("unix:") and len(http.listen) > len("unix:")):
+        host, colon, port = http.listen.rpartition(":")
+        try:
+            local = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+            if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+                raise ValueError("no port")
+        except ValueError:
+            hint = 'write it as in "127.0.0.1:8086", "[::1]:8086" or "unix:/run/edgewater/http.sock"'
+            yield "listen", "expected an IP address and a port, or unix: and a path", hint
+            local = True  # what does not parse needs no second fault
+    if not local and not http.token:
+        yield "token", "missing; other machines can reach this address", 'as in token = "${cred:http}"'
+    if not local and not http.cert_file and not http.allow_plaintext:
+        hint = "set cert_file and key_file, or allow_plaintext = true in a network that you trust"
+        yield "listen", "other machines would send events and token unencrypted", hint
+    if http.token and not re.fullmatch(r"[!-~]{16,512}", http.token):
+        hint = "make one with: openssl rand -hex 32"
+        yield "token", "expected 16 to 512 ASCII characters without spaces", hint
+    if http.key_file and not http.cert_file:
+        yield "key_file", "has no effect without cert_file", "set both, or remove it"
+    for name in http.sources:
+        if name != "*" and not re.fullmatch(_EVENT_SOURCE, name):
+            yield (
+                "sources",
+                f'"{name}" is no name of a source',
+                'as in ["pump-1", "pump-2"], or ["*"] for any',
+            )
+    if not 1024 <= http.max_body <= 64 << 20:
+        yield "max_body", "expected 1KiB to 64MiB", "send large files in several requests"
+    if http.gather > 10:
+        yield "gather", "more than 10s: clients would give up", 'as in "100ms"'
+    if not 1 <= http.timeout <= 600:
+        yield "timeout", 'expected "1s" to "10m"', 'as in "10s"'
 
 
 class OpcuaNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -300,6 +427,8 @@ class JournalSource(msgspec.Struct, frozen=True, kw_only=True):
             template_fields(self.template)
         except ValueError as error:
             yield "template", "not a template", str(error)
+        if self.directory and self.since == "boot":
+            yield "since", "the boot of another machine is not known here", 'set it to "now" or "all"'
         for key, words in (("units", self.units), ("identifiers", self.identifiers)):
             if any(not word or "\0" in word for word in words):
                 yield key, "holds an empty text", "take it out, or name one"

@@ -88,8 +88,8 @@ WORLDS: list[WorldKind] = [
         "journal",
         "world_journal",
         needs=("journalctl", "/lib/systemd/systemd-journal-remote"),
-        networked=False,
         takes_raw=False,
     ),
+    WorldKind("http", "world_http", resumes=False, networked=False),
     WorldKind("modbus", "world_modbus", resumes=False, takes_raw=False),
 ]
