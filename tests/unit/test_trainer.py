@@ -94,6 +94,33 @@ def test_nothing_due_is_nothing_to_do(site: Site) -> None:
     assert not site.trainer().step(site.stop)
 
 
+def test_shards_take_turns_and_one_update_ends_before_another_begins(
+    site: Site, tmp_path: Path, tiny_model: Path
+) -> None:
+    """Otherwise a busy shard would starve the others, and a parent would not be the outcome before it."""
+    with Ring.create(
+        site.folder.ring / "shard-2", shard="shard-2", tokenizer_id=site.manifest.tokenizer_id,
+        max_bytes=1 << 20,
+    ) as second:  # fmt: skip
+        main = site.ring
+        for ring in (main, main, second):
+            site.ring = ring
+            site.close_window()
+        site.ring = main
+        trainer = site.trainer()
+        trainer._rings["shard-2"] = second
+        served: list[tuple[str, int]] = []
+        while trainer.step(site.stop):
+            under_way = [row for row in site.rows if not row.decided]
+            assert len(under_way) <= 1
+            decided = [(row.shard, row.window) for row in site.rows if row.decided]
+            served += (row for row in decided if row not in served)
+        trainer._rings.pop("shard-2")
+    assert served == [("main", 1), ("shard-2", 1), ("main", 2)]
+    versions = {(row.shard, row.window): (row.parent, row.version) for row in site.rows}
+    assert [versions[row] for row in served] == [(0, 1), (1, 2), (2, 3)]
+
+
 def test_a_claim_copies_the_window_out_of_the_ring(site: Site) -> None:
     """After the claim the ring may evict it: the samples lie in the update's folder."""
     site.close_window()
