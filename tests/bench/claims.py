@@ -39,8 +39,9 @@ from adapters.model_folder import default_model_dir
 from pipeline.config import load
 from pipeline.decode import decode
 from pipeline.events import Batch, Line, Origin
-from pipeline.ingest import SHARD, IngestOptions, ingest
+from pipeline.ingest import IngestOptions, ingest
 from pipeline.rules import SourceRules
+from pipeline.shards import MAIN
 from pipeline.tokenization import BatchTokenizer, TokenizeStep
 from storage.errors import CorruptBlockError
 from storage.folder import DataFolder
@@ -194,7 +195,7 @@ def run_beside(work: Path, number: int, events: int, *, blind: bool) -> tuple[fl
     """Ingest beside a reader. Returns: events a second, and what the reader found."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         data_dir = Path(folder) / "data"
-        command = [sys.executable, __file__, "--reader", str(data_dir / "ring" / SHARD)]
+        command = [sys.executable, __file__, "--reader", str(data_dir / "ring" / MAIN)]
         command += ["--seed", str(number), *(["--blind"] if blind else [])]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
             rate = run_writer(data_dir, events)

@@ -30,7 +30,8 @@ from adapters.model_folder import default_model_dir
 from pipeline.commit import Committed
 from pipeline.config import load
 from pipeline.health import IngestMetrics
-from pipeline.ingest import SHARD, IngestOptions, ingest
+from pipeline.ingest import IngestOptions, ingest
+from pipeline.shards import MAIN
 from storage.folder import DataFolder
 from storage.ring import Ring
 from storage.ring_writer import MAX_DEAD_LETTERS
@@ -89,7 +90,7 @@ def run(data_dir: Path, events: int, ring: str, every: int) -> tuple[list[Look],
     own = (f"data_dir={json.dumps(str(data_dir))}", f'ring.max_bytes="{ring}"', 'health.listen=""')
     config = load(None, own, require_sources=False)
     folder = DataFolder.open(data_dir, create=True)
-    watch = Watch(folder.ring / SHARD / "data.mdb", every)
+    watch = Watch(folder.ring / MAIN / "data.mdb", every)
     options = IngestOptions(finite=True)
     connector = GeneratedConnector(events)
     state = ingest(config, folder, default_model_dir(), [connector], options, threading.Event(), watch)
@@ -99,7 +100,7 @@ def run(data_dir: Path, events: int, ring: str, every: int) -> tuple[list[Look],
 
 def damaged_blocks(data_dir: Path) -> int:
     """Blocks that do not decode or do not follow each other."""
-    with Ring.open_reader(data_dir / "ring" / SHARD) as ring:
+    with Ring.open_reader(data_dir / "ring" / MAIN) as ring:
         return sum(bool(problem) for _, problem in ring.check_blocks())
 
 

@@ -173,3 +173,22 @@ def test_a_backup_of_a_running_gateway_is_whole(site: Path, tmp_path: Path) -> N
             assert [problem for _, problem in ring.check_blocks() if problem] == []
             assert state.counters["samples"] == state.next_seq
             assert ring.windows()[-1].last_seq < state.next_seq
+
+
+def test_each_shard_is_looked_at_exported_and_imported_as_itself(site: Path, tmp_path: Path) -> None:
+    """A second source makes a second ring; its backup does not become another shard's ring."""
+    with site.open("a") as file:
+        file.write('[ingest]\nprocesses = 2\n[[sources]]\nname = "two"\nkind = "files"\npath = "two.jsonl"\n')
+    (tmp_path / "two.jsonl").write_text('{"kind":"reading","ts":1,"values":{"p":1}}\n')
+    done = edgewater("ingest", "--finite", "--shard", "2", "--config", site)
+    assert done.returncode == 0, done.stderr
+    assert told("ring info", site)["samples"] == EVENTS
+    assert told("ring info", site, "--shard", "2")["samples"] == 1
+    backup = tmp_path / "backup"
+    assert told("ring export", site, backup, "--shard", "shard-2")["samples"] == 1
+    into = ("--set", f"data_dir={tmp_path / 'new'}", "--config", site)
+    refused(edgewater("ring", "import", backup, *into), 3, "--shard shard-2")
+    done = edgewater("ring", "import", backup, "--shard", "2", *into)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "new" / "ring").iterdir()) == ["shard-2"]
+    refused(edgewater("ring", "info", "--shard", "../main", "--config", site), 2, "expected the number")

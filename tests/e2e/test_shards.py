@@ -158,6 +158,10 @@ def test_rescaling_loses_nothing_and_doubles_nothing(site: Site) -> None:
     stored = {shard["shard"]: shard["samples"] for shard in report["shards"]}
     assert stored == {"main": 3 * 240 - 40 - 120, "shard-2": 120, "shard-3": 40}
     assert [shard["pid"] for shard in report["shards"]] == [None, None, None]
+    assert [shard["configured"] for shard in report["shards"]] == [True, False, False]
+    text = edgewater("status", *site.words(1)).stdout.decode()
+    assert "shard-3: no process reads for it any more; its open window stays open" in text
+    assert "main: no process runs; it would read s0, s1, s2" in text
 
 
 def test_what_a_mover_sends_again_is_recognized(site: Site) -> None:

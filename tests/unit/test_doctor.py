@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from storage.folder import DataFolder
 from storage.opening import opened_ring
 from storage.pages import PageFile, items, newest_meta, read_metas
 from storage.registry import Registry
+from storage.ring import Ring
 from storage.ring_writer import BLOCKS, seq_of
 from tests.crash.plan import MAP_BYTES, SHARD, TOKENIZER, Plan
 
@@ -128,3 +130,50 @@ def test_a_stray_file_is_a_warning(data: DataFolder) -> None:
     (data.path / "notes.txt").write_text("mine")
     findings = [finding for finding in look(data) if finding.level != "right"]
     assert [(finding.level, finding.what) for finding in findings] == [("warning", "stray")]
+
+
+def test_every_ring_is_looked_at_and_one_that_nobody_writes_is_named(data: DataFolder) -> None:
+    """After ingest.processes was lowered the other ring stays: it is nobody's error."""
+    with Ring.open_reader(data.ring / SHARD) as ring:
+        key = ring.header.dedup_key
+    with opened_ring(data, shard="shard-2", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES, dedup_key=key):
+        pass
+
+    def told(processes: int) -> list[Finding]:
+        return [found for found in doctor._folder(config(data, processes)) if "ring" in found.what]
+
+    assert [(found.level, found.what) for found in told(2)] == [
+        ("right", "ring main"),
+        ("right", "ring shard-2"),
+    ]
+    one = told(1)
+    assert {found.level for found in one} == {"right"}
+    assert "no ingest process of this configuration writes it" in one[-1].words
+    (data.ring / "shard-2" / "data.mdb").chmod(0o666)
+    assert [found.what for found in doctor._folder(config(data, 2)) if found.level == "wrong"]
+
+
+def test_rings_that_cannot_recognize_each_others_samples_are_a_warning(data: DataFolder) -> None:
+    with opened_ring(data, shard="shard-2", tokenizer_id=TOKENIZER, max_bytes=MAP_BYTES):
+        pass
+    (found,) = (found for found in doctor._folder(config(data, 2)) if found.what == "rings")
+    assert (found.level, "secrets of their own" in found.words) == ("warning", True)
+
+
+def test_a_process_without_a_source_is_a_warning() -> None:
+    sources = (Source(name="a", kind="stdin"),)
+    three = Config(sources=sources, ingest=IngestSettings(processes=2))
+    found = {finding.what: finding for finding in doctor._sources(three)}
+    assert (found["ingest process 1"].level, found["ingest process 1"].words) == ("right", "reads a")
+    assert found["ingest process 2"].level == "warning"
+
+
+@pytest.mark.parametrize("role", ["ingest-shard-2", "source-a.b", "trainer"])
+def test_whoever_holds_a_role_is_seen_without_taking_it(data: DataFolder, role: str) -> None:
+    """Taking it for a moment would refuse a process that starts just then."""
+    assert not doctor._running(data)
+    with data.lock(role):
+        assert data.holder(role) == os.getpid()
+        assert doctor._running(data)
+    assert data.holder(role) is None
+    assert not doctor._running(data)

@@ -142,9 +142,28 @@ def test_metrics_tell_of_ring_and_learning_while_they_are_open(
         assert {'edgewater_windows{state="expired"} 1.0', 'edgewater_windows{state="claimed"} 1.0'} <= {
             *lines
         }
+        assert 'edgewater_ingest_info{shard="main"} 1.0' in lines
         assert {"edgewater_active_version 4.0", 'edgewater_bits_per_byte{under="active"} 1.5'} <= {*lines}
         metrics.attach(None, None)
     assert "edgewater_ring_bytes" not in ask(server, "/metrics")[1]
+
+
+def test_the_newest_score_is_that_of_the_window_that_was_claimed_last(
+    server: HealthServer, metrics: IngestMetrics, tmp_path: Path
+) -> None:
+    """Not that of the last shard by name."""
+    (tmp_path / "run").mkdir()
+    with Registry.open_or_create(tmp_path / "registry") as registry:
+        with registry.write() as writer:
+            for shard, at in (("main", 9.0), ("shard-2", 5.0)):
+                result = json.dumps({"base_bits_per_byte": at}).encode()
+                state = UpdateState.CLAIMED
+                row = UpdateRow(shard, 1, 1, 0, 9, 10, state, result=result, claimed_at=at)
+                writer.put_update(row)
+        metrics.attach(None, registry)
+        text = ask(server, "/metrics")[1]
+        metrics.attach(None, None)
+    assert 'edgewater_bits_per_byte{under="base"} 9.0' in text
 
 
 def test_a_score_that_is_missing_is_left_out(

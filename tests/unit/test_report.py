@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from pathlib import Path
 
 import msgspec
@@ -32,6 +34,21 @@ def folder(tmp_path: Path):
     opened = DataFolder.open(tmp_path / "data", create=True)
     yield opened
     opened.close()
+
+
+def add_shard(folder: DataFolder, shard: str, count: int) -> bytes:
+    """A ring of another shard that stored so many events. Returns: its digest."""
+    samples = Samples(
+        0, ["s"] * count, ["text"] * count, [""] * count, array("d", range(count)), array("I", [1] * count),
+        array("I", range(count)), bytearray(b"\1") * count, bytes(16 * count),
+    )  # fmt: skip
+    with Ring.open_or_create(
+        folder.ring / shard, shard=shard, tokenizer_id="00" * 8, max_bytes=1 << 20
+    ) as ring:
+        counters = {"events": count + 1, "samples": count, "duplicates": 1}
+        window = OpenWindow(1, 0, count)
+        ring.commit(Commit(samples=samples, stream_time=1.0, window=window, counters=counters))
+        return ring.state.digest
 
 
 def fill(folder: DataFolder, *rows: UpdateRow, active: int = 1) -> None:
@@ -129,3 +146,37 @@ def test_a_window_of_one_source_needs_one_line(folder: DataFolder) -> None:
     lines = format_report(build_report(folder)).splitlines()
     assert [line.split()[1] for line in lines if line.split()[:1] == ["1"]] == ["cmms"]
     assert not any(line.split()[:1] == ["cmms"] for line in lines)
+
+
+def test_totals_are_of_all_shards_and_each_is_told(folder: DataFolder) -> None:
+    fill(folder, update())
+    second, tenth = add_shard(folder, "shard-2", 7), add_shard(folder, "shard-10", 3)
+    report = build_report(folder)
+    assert (report.events, report.samples, report.duplicates) == (412, 360, 32)
+    assert report.open_window_samples == 60
+    assert [(shard.shard, shard.samples) for shard in report.shards] == [
+        ("main", 350), ("shard-2", 7), ("shard-10", 3),
+    ]  # fmt: skip
+    assert report.shards[1].ring_digest == second.hex()
+    parts = (b"main", bytes(32)), (b"shard-2", second), (b"shard-10", tenth)
+    whole = hashlib.blake2b(b"".join(name + b"\0" + digest for name, digest in parts), digest_size=32)
+    assert report.ring_digest == whole.hexdigest()
+    text = format_report(report)
+    assert "shard-2: 8 events, 7 samples, 7 in the open window" in text
+
+
+def test_a_window_names_its_shard_where_there_are_several(folder: DataFolder) -> None:
+    """Each shard numbers its own."""
+    other = update(shard="shard-2")
+    fill(folder, update(), other)
+    alone = format_report(build_report(folder))
+    assert "main/1" not in alone
+    add_shard(folder, "shard-2", 7)
+    report = build_report(folder)
+    assert [(window.shard, window.window) for window in report.windows] == [("main", 1), ("shard-2", 1)]
+    lines = format_report(report).splitlines()
+    rows = [line for line in lines if "/1 " in line]
+    assert [row.split()[0] for row in rows if "cmms" not in row][:2] == ["main/1", "shard-2/1"]
+    head = next(line for line in lines if "decision" in line)
+    row = next(line for line in lines if line.lstrip().startswith("shard-2/1"))
+    assert row.index("promoted") == head.index("decision"), "columns stay below their heads"
