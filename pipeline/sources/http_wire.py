@@ -102,6 +102,7 @@ class Wire:
         self._url = b""
         self._in_head = False
         self._framing_bytes = 0  # of the head or, later, since the last byte of a body
+        self._progress = False  # whether the bytes just fed completed a header, or held some of a body
 
     @property
     def quiet(self) -> bool:
@@ -112,7 +113,7 @@ class Wire:
         """Take bytes; never raises."""
         if self.fault is not None:
             return
-        before = self._framing_bytes
+        self._progress = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -120,7 +121,7 @@ class Wire:
         except httptools.HttpParserError as error:
             self._refuse(400, f"not a request in HTTP/1.1: {error}")
         # The parser keeps what it has of a header, or of a trailer, however long it gets.
-        if self._framing_bytes == before and self._request is not None:
+        if not self._progress and self._request is not None:
             self._framing_bytes += len(data)
             if self._framing_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, f"more than {MAX_HEAD_BYTES} bytes of headers")
@@ -137,6 +138,7 @@ class Wire:
 
     def on_header(self, name: bytes, value: bytes | None) -> None:
         """A header came, or a trailer."""
+        self._progress = True
         self._framing_bytes += len(name) + len(value or b"") + 4
         if self._framing_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"more than {MAX_HEAD_BYTES} bytes of headers")
@@ -147,7 +149,8 @@ class Wire:
 
     def on_headers_complete(self) -> None:
         """The head is complete."""
-        request, self._in_head, self._framing_bytes = self._request, False, 0
+        request, self._in_head = self._request, False
+        self._framing_bytes, self._progress = 0, True
         if request is None or self.fault is not None:
             return
         request.method = self._parser.get_method().decode("latin-1")
@@ -165,7 +168,7 @@ class Wire:
         """A piece of the body came."""
         if self._request is not None:
             self._request.body.append(data)
-            self._framing_bytes = 0
+            self._framing_bytes, self._progress = 0, True
 
     def on_message_complete(self) -> None:
         """The request is complete."""
