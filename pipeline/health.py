@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from pipeline.commit import Committed
 from pipeline.readers import ReaderReport
 from pipeline.shards import MAIN
+from pipeline.source_metrics import States, source_metrics
 from storage.registry import Registry
 from storage.ring import Ring
 
@@ -55,6 +56,7 @@ class IngestMetrics:
         self._learning: Registry | None = None
         self._last: Committed | None = None
         self._readers = ReaderReport()
+        self._sources: States = dict
         self.beat = time.monotonic()
         self.registry.register(self)
 
@@ -73,6 +75,10 @@ class IngestMetrics:
     def attach(self, ring: Ring | None, learning: Registry | None) -> None:
         """Read these from now on (LMDB allows one handle a process: they are the ingest's own)."""
         self._ring, self._learning = ring, learning
+
+    def watch(self, states: States) -> None:
+        """Tell of these sources from now on."""
+        self._sources = states
 
     @property
     def ready(self) -> bool:
@@ -102,10 +108,11 @@ class IngestMetrics:
             yield from _reader_metrics(self._readers)
         if self._learning is not None:
             yield from _learning_metrics(self._learning)
+        yield from source_metrics(self._sources)
 
     def _stream_metrics(self, last: Committed) -> Iterable[Metric]:
         events = CounterMetricFamily("edgewater_events", "Inputs by outcome", labels=["outcome"])
-        for outcome in ("samples", "duplicates", "suppressed", "dead_letters"):
+        for outcome in ("samples", "duplicates", "suppressed", "dead_letters", "dropped"):
             events.add_metric([outcome], last.state.counters.get(outcome, 0))
         yield events
         help_text = "Samples whose content is gone, by why"

@@ -128,6 +128,8 @@ def _run(
     desk: Desk,
 ) -> None:
     inbox = Inbox({f"{source.kind}:{source.name}": queue_limits(source) for source in config.sources})
+    if metrics:
+        metrics.watch(inbox.states)
     limits = limits_for(ring.map_bytes, config.ring.flush_ms / 1_000)
     max_age_s = float(config.ring.max_age)
     tick_s = TICK_COMMIT_S[config.ring.profile] if max_age_s or config.trigger.cooldown else 0.0

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from pipeline.sources.inbox import SourceState
 
-__all__ = ["source_metrics"]
+__all__ = ["States", "source_metrics"]
 
 States = Callable[[], Mapping[str, tuple[SourceState, int]]]
 
