@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -102,7 +104,9 @@ class DataFolder:
                 raise StorageError(what, path=path, hint="check data_dir, or run Edgewater once")
             check_private(path)
             if not marker.exists():
-                folder._claim_empty(marker, create)
+                with _alone_in(path):
+                    if not marker.exists():  # else another process that starts just now was first
+                        folder._claim_empty(marker, create)
             folder._check_marker(marker)
             folder._join_namespace()
         except OSError as error:
@@ -207,6 +211,17 @@ class DataFolder:
     def accepted_file(self, shard: str, window: int) -> Path:
         """Samples of an accepted window, kept for rehearsal."""
         return self.accepted / f"{shard}-{window:06d}.blocks"
+
+
+@contextlib.contextmanager
+def _alone_in(path: Path) -> Iterator[None]:
+    """Hold a lock on a folder itself: it is there before anything that could be locked is in it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _note(fd: int, text: str) -> None:

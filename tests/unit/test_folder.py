@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,24 @@ def test_a_folder_opens_again_with_the_same_identity(path: Path) -> None:
     DataFolder.open(path, create=False).close()
     assert json.loads((path / "edgewater.json").read_text()) == marker
     assert marker["format"] == 1
+
+
+def test_processes_that_start_together_make_one_folder(path: Path) -> None:
+    """As those of a service manager do at a site's first boot: none finds it half made, or another's."""
+    program = (
+        "import sys, time; from pathlib import Path; from storage.folder import DataFolder\n"
+        "time.sleep(max(0.0, float(sys.argv[2]) - time.time()))\n"
+        "folder = DataFolder.open(Path(sys.argv[1]), create=True)\n"
+        "(folder.ring / f'main-{time.time()}').mkdir()\n"
+        "print((folder.path / 'edgewater.json').read_text())\n"
+    )
+    for turn in range(5):
+        together = str(time.time() + 0.4)
+        words = [sys.executable, "-c", program, str(path / str(turn)), together]
+        running = [subprocess.Popen(words, stdout=subprocess.PIPE) for _ in range(4)]
+        told = [process.communicate(timeout=60)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * 4
+        assert len({*told}) == 1
 
 
 def test_looking_makes_nothing(path: Path) -> None:
