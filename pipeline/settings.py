@@ -224,7 +224,7 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Independent ingest processes, each with its share of the sources and a ring of its own: one that dies
     or hangs costs the others nothing, and each can use a core. Sources go to them in turn, or where their
     `shard` says. Change it only while Edgewater is stopped; nothing is lost or stored twice then, and what a
-    process that is gone has stored stays. Windows, requests and limits are each process's own."""
+    process that is gone has stored stays. Each counts its own windows."""
 
 
 class TriggerSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -127,7 +127,7 @@ def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pump", type=Path, help="pump-readings.jsonl.zst")
-    parser.add_argument("--events", type=int, default=600_000, help="of both files together")
+    parser.add_argument("--events", type=int, default=1_000_000, help="of both files together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=Path("/var/tmp"), help="a folder on a disk")
     args, _ = parser.parse_known_args()
