@@ -45,8 +45,12 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
     dead: list[DeadLetter] = []
     dead_lines: list[int] = []
     # The loop that every input passes: what nearly all have in common stands in it, the rest in functions.
+    origin: Origin | None = None
     for number, line in enumerate(batch.lines):
-        data, origin = line.data, line.origin
+        data = line.data
+        if line.origin is not origin:
+            origin = line.origin
+            arrival, timed, allowed = origin.arrival, origin.timed, origin.allowed
         try:
             if line.refused:
                 raise RefusedError(line.refused)
@@ -57,13 +61,13 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
                 source = origin.source
             else:
                 source = _names.get(source) or _checked_name(source, "source")
-                if origin.allowed is not None:
-                    _check_source(source, origin, origin.allowed)
+                if allowed is not None:
+                    _check_source(source, origin, allowed)
             if event.subject is not None and event.subject not in _names:
                 _checked_name(event.subject, "subject")
             ts = event.ts
             if type(ts) is not float or not -_LATEST < ts < _LATEST:
-                ts = event_time(event, origin.arrival)
+                ts = event_time(event, arrival)
             kind = type(event)
             # Any base model can learn from readings and texts.
             if kind is not Reading and kind is not Text and (reason := refusal(event)):
@@ -79,7 +83,7 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
         events.append((number, event))
         sources.append(source)
         times.append(ts)
-        arrivals.append(ts if origin.timed else origin.arrival)
+        arrivals.append(ts if timed else arrival)
     outcome = msgspec.structs.replace(batch.outcome, dead_letters=len(dead))
     return msgspec.structs.replace(
         batch,

@@ -11,6 +11,7 @@ import hashlib
 import struct
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 import msgspec
 
@@ -70,27 +71,27 @@ class SeenHashes:
         if self._horizon:
             self._put(_key(digest)[0])
 
-    def admit(self, digests: Sequence[bytes]) -> list[int]:
-        """Remember those that are new, one after the other. Returns: their indices.
+    def admit(self, digests: Sequence[bytes]) -> bytearray:
+        """Remember those that are new, one after the other. Returns: a 1 for each of them, 0 for the others.
 
         As `in` and `add` for each in turn would, but for the calls: it runs for every event.
         """
         horizon, keys = self._horizon, self._keys
+        new = bytearray(b"\x01") * len(digests)
         if not horizon:
-            return [*range(len(digests))]
+            return new
         count = 2 * horizon
         young, old, following = self._young, self._old, self._next
-        new: list[int] = []
         for i, key in enumerate(array("Q", b"".join(digests))[:: HASH_BYTES // 8]):
             if key:
                 free = at = key % count
                 while (cell := young[free]) and keys[cell] != key:
                     free -= 1
+                if not cell:
+                    while (cell := old[at]) and keys[cell] != key:
+                        at -= 1
                 if cell:
-                    continue
-                while (cell := old[at]) and keys[cell] != key:
-                    at -= 1
-                if cell:
+                    new[i] = 0
                     continue
             cell = following % horizon + 1
             if cell == 1 and following:
@@ -100,7 +101,6 @@ class SeenHashes:
             if key:
                 young[free] = cell
             following += 1
-            new.append(i)
         self._next = following
         return new
 
@@ -190,36 +190,31 @@ class Dedup:
         self._seen.forget_before(self._held_from())
         digests = self._digests(batch)
         changed: dict[str, Reference] = {}
-        suppressed = 0
         if self._elsewhere is None and not any(map(self._deadband_of, {*batch.sources})):
-            keep = self._seen.admit(digests)
+            kept, suppressed = self._seen.admit(digests), 0
         else:
-            keep, suppressed = self._admit_each(batch, digests, changed)
-        self._horizon -= len(keep)
+            kept, suppressed = self._admit_each(batch, digests, changed)
+        count = sum(kept)
+        self._horizon -= count
         if self._horizon <= 0:
             self._elsewhere = None
-        duplicates = len(digests) - len(keep) - suppressed
-        outcome = msgspec.structs.replace(batch.outcome, duplicates=duplicates, suppressed=suppressed)
-        if len(keep) == len(digests):
-            return msgspec.structs.replace(
-                batch, hashes=digests, references=_encoded(changed), outcome=outcome
-            )
+        duplicates = len(digests) - count - suppressed
         return msgspec.structs.replace(
             batch,
-            events=[batch.events[i] for i in keep],
-            sources=[batch.sources[i] for i in keep],
-            times=[batch.times[i] for i in keep],
-            arrivals=[batch.arrivals[i] for i in keep],
-            hashes=[digests[i] for i in keep],
-            references=_encoded(changed),
-            outcome=outcome,
+            events=[*compress(batch.events, kept)],
+            sources=[*compress(batch.sources, kept)],
+            times=[*compress(batch.times, kept)],
+            arrivals=[*compress(batch.arrivals, kept)],
+            hashes=[*compress(digests, kept)],
+            references={source: msgspec.msgpack.encode(reference) for source, reference in changed.items()},
+            outcome=msgspec.structs.replace(batch.outcome, duplicates=duplicates, suppressed=suppressed),
         )
 
     def _admit_each(
         self, batch: Batch, digests: list[bytes], changed: dict[str, Reference]
-    ) -> tuple[list[int], int]:
-        """Which events are kept where more than their hashes decides; and how many were suppressed."""
-        keep: list[int] = []
+    ) -> tuple[bytearray, int]:
+        """Which events are kept, where more than their hashes decides; and how many were suppressed."""
+        kept = bytearray(len(digests))
         suppressed = 0
         for i, digest in enumerate(digests):
             if digest in self._seen or (self._elsewhere is not None and digest in self._elsewhere):
@@ -232,8 +227,8 @@ class Dedup:
                 continue
             # What is stored is remembered, in its order: the set that a restart reads back is this one.
             self._seen.add(digest)
-            keep.append(i)
-        return keep, suppressed
+            kept[i] = 1
+        return kept, suppressed
 
     def _digests(self, batch: Batch) -> list[bytes]:
         """The hash of each event, NO_HASH where nothing identifies it."""
@@ -298,10 +293,6 @@ def _identity(mode: DedupMode, source: str, event: Event, line: Line, ts: float)
     if line.offset >= 0:
         return ("p", line.origin.input, line.origin.began, line.offset, line.data)
     return None  # nothing tells a redelivery from a new event: see the README
-
-
-def _encoded(references: Mapping[str, Reference]) -> dict[str, bytes]:
-    return {source: msgspec.msgpack.encode(reference) for source, reference in references.items()}
 
 
 def _content(event: Event) -> object:

@@ -42,17 +42,16 @@ class SourceRules:
 
     def render(self, source: str, event: Reading) -> str:
         """A reading as text."""
-        written = self._renderers.get(source)
-        if written is None:
-            named = self._sources.get(source)
-            how = named.render if named else Render()
-            written = ReadingText(
-                source, template=how.template, tags=how.tags, units=how.units, digits=how.digits
-            )
-            if len(self._renderers) >= MAX_REMEMBERED:  # names come from the events: remember only so many
-                self._renderers.clear()
-            self._renderers[source] = written
-        return written(event)
+        return (self._renderers.get(source) or self._renderer(source))(event)
+
+    def _renderer(self, source: str) -> ReadingText:
+        named = self._sources.get(source)
+        how = named.render if named else Render()
+        made = ReadingText(source, template=how.template, tags=how.tags, units=how.units, digits=how.digits)
+        if len(self._renderers) >= MAX_REMEMBERED:  # names come from the events: remember only so many
+            self._renderers.clear()
+        self._renderers[source] = made
+        return made
 
     def redact(self, batch: Batch) -> Batch:
         """Take out of events and dead letters what the rules name, before anything is hashed or stored."""

@@ -15,6 +15,7 @@ from fastokens import Tokenizer
 
 from adapters.model_folder import BaseModelError, ChatFormat, ModelManifest, replace_unencodable, verify
 from pipeline.events import KIND_OF, Batch, Event, Exchange, Feedback, Message, Reading, Text
+from storage.memory import give_back
 from storage.samples import Samples
 
 __all__ = ["BatchTokenizer", "TokenizeStep"]
@@ -37,6 +38,7 @@ class BatchTokenizer:
                 path=model / "tokenizer.json",
                 hint="run 'edgewater model prepare' again with this version",
             )
+        give_back()
 
     def encode_flat(self, texts: list[str]) -> tuple[array[int], array[int]]:
         """Encode texts; a character that the vocabulary cannot express becomes U+FFFD.

@@ -19,6 +19,7 @@ from storage.dictionary import (
     write_dictionary_file,
 )
 from storage.errors import CorruptBlockError, CorruptRingError, RingFullError
+from storage.memory import give_back
 from storage.ring_writer import U32
 from storage.rows import unseal
 
@@ -101,6 +102,10 @@ class RingDictionaries:
         if self._known or held < self._next_training:
             return
         self._next_training = 2 * held
+        self._train()
+        give_back()
+
+    def _train(self) -> None:
         columns = self._columns()
         dictionary = train(columns, LEVEL) if sum(map(len, columns)) >= MIN_TRAINING_BYTES else None
         # 1. The copy beside the ring is durable.  Crash: a stray file that no block names.
