@@ -35,8 +35,10 @@ def record_sources(
         if config.data_dir.exists():
             folder = DataFolder.open(config.data_dir, create=False)
             with starting(folder, stop):
-                for number in numbers(config):  # both would read standard input
-                    stack.enter_context(folder.lock(f"ingest-{shard_name(number)}"))
+                # An ingest process would read standard input as well.
+                roles = [f"ingest-{shard_name(number)}" for number in numbers(config)]
+                for role in (*roles, *(f"source-{source.name}" for source in config.sources)):
+                    stack.enter_context(folder.lock(role))
                 everywhere = Elsewhere.read(folder, "", horizon=0)
             positions = newest_positions(everywhere, [connector.name for connector in connectors])
         inbox = Inbox()

@@ -120,12 +120,12 @@ def _ingest_child(
     config: Config, number: int, arguments: Sequence[str], capture: Path | None, *, patient: bool
 ) -> Child:
     """One ingest process; where there are several, each is called and records its captures by its shard."""
-    shard = shard_name(number)
-    name, flags = "ingest", list(arguments)
-    if config.ingest.processes > 1:
-        name, flags = f"ingest {shard}", [*flags, "--shard", shard]
-        capture = capture / shard if capture else None
-    flags += ["--capture", str(capture)] if capture else []
+    shard, processes = shard_name(number), config.ingest.processes
+    # Their number is that of this run, also when one starts again after the file was changed.
+    flags = [*arguments, "--set", f"ingest.processes={processes}", "--shard", shard]
+    name = f"ingest {shard}" if processes > 1 else "ingest"
+    if capture:
+        flags += ["--capture", str(capture / shard if processes > 1 else capture)]
     has_stdin = any(source.kind == "stdin" for source in sources_of(config, number))
     return Child(name, ["ingest", *flags], stdin=has_stdin, patient=patient)
 

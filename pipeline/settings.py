@@ -170,7 +170,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     """With rate: so many may come at once after a pause; 0 is a second's worth."""
     shard: Annotated[int, Meta(ge=0, le=64)] = 0
     """With ingest.processes above 1: the ingest process that reads this source, from 1; 0 gives the sources
-    to them in turn, in the order of this file."""
+    to them in turn, in the order of this file. Sources that may bring the same event belong to one process:
+    each knows only what it stored itself, and what the others had before it began."""
     queue: Annotated[int, Meta(ge=1, le=1_000_000)] = 8_192
     """So many events of this source may wait for a commit (and at most 2 MiB of them)."""
     when_full: Literal["block", "drop_oldest", "drop_newest"] = "block"

@@ -32,7 +32,12 @@ def demo(as_json: bool, data_dir: Path, everything: bool, fresh: bool, overrides
 @configured
 @click.option("--once", is_flag=True, help="End when the sources are drained and due updates are decided.")
 @click.option("--no-updates", is_flag=True, help="Only ingest.")
-@click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
+@click.option(
+    "--max-events",
+    type=click.IntRange(min=0),
+    default=0,
+    help="End after so many events of each ingest process.",
+)
 @recording
 def run(
     path: Path | None,

@@ -239,6 +239,26 @@ def test_a_process_that_hangs_does_not_keep_another_from_its_start(
     assert gateway.stop() == 0
 
 
+def test_a_number_that_is_changed_in_the_file_waits_for_the_next_run(
+    site: Site, run: Callable[[list[str]], Gateway]
+) -> None:
+    """A process that starts again meanwhile goes on with all that it read."""
+    words = ["--config", str(site.config), "--set", "ring.max_bytes=16MiB"]
+    gateway = run([*words, "--no-updates"])
+    site.send_all(10)
+    until(lambda: site.stored() == site.everything(), "the first events")
+    site.config.write_text("ingest.processes = 2\n" + site.config.read_text())
+    os.kill(gateway.pid_of(site, "main"), signal.SIGKILL)
+    site.send_all(10)
+    until(lambda: site.stored() == site.everything(), "all sources go on")
+    assert site.shards() == ["main"]
+    assert gateway.stop() == 0
+    site.send_all(10)
+    edgewater("run", "--once", "--no-updates", *words)
+    assert site.shards() == ["main", "shard-2"]
+    assert site.stored() == site.everything()
+
+
 def test_processes_run_alone_each_with_its_number(site: Site) -> None:
     """As systemd or containers run them: nobody supervises, nobody is taken for another."""
     site.send_all(30)
