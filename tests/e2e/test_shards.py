@@ -5,6 +5,7 @@ The auditor knows what was written into the sources, and counts it over all ring
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -16,11 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from storage.folder import DataFolder
 from storage.registry import Registry
 from storage.ring import Ring
+from tests.crash.lives import cannot_trace
 from tests.e2e.stream import SETTINGS, edgewater, environment
 
 pytestmark = pytest.mark.slow
@@ -222,6 +225,35 @@ def test_killed_at_any_moment_of_a_rescale_everything_is_stored_once(site: Site)
     site.once(2)
     assert site.stored() == site.everything()
     assert len(site.shards()) > 1
+
+
+def test_killed_at_each_write_of_a_move_the_source_is_read_once(site: Site) -> None:
+    """s1 goes to and fro between two shards; whoever takes it over dies at its n-th write, then all go on."""
+    if reason := cannot_trace():
+        pytest.skip(reason)
+    site.send_all(5)
+    site.once(1)
+    for n in itertools.count(1):
+        site.send_all(5)
+        processes = 2 if n % 2 else 1
+        inject = f"inject=fdatasync,pwrite64,pwritev:signal=SIGKILL:when={n}"
+        words = ["-m", "pipeline", "ingest", "--finite", *site.words(processes), "--shard", str(processes)]
+        command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject, sys.executable, *words]
+        done = subprocess.run(command, env=environment(), timeout=60, check=False, capture_output=True)
+        assert not site.stored() - site.everything()
+        # The one that died goes on, or the move is taken back.
+        site.once(processes if n % 4 < 2 else 3 - processes)
+        assert site.stored() == site.everything()
+        if done.returncode == 0:
+            break
+        assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert n > 6, "three calls are the commit of the move, three that of the events"
+    assert max(_revision(site, shard) for shard in site.shards()) >= 3
+
+
+def _revision(site: Site, shard: str) -> int:
+    with Ring.open_reader(site.data / "ring" / shard) as ring:
+        return int(msgspec.msgpack.decode(ring.named("p").get("@files:s1", b"\0")))
 
 
 def test_a_process_that_hangs_does_not_keep_another_from_its_start(
