@@ -38,7 +38,8 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
         batch: Lines.
         refusal: Why an exchange or feedback cannot be learned from with this base model, "" if it can.
     """
-    events: list[tuple[int, Event]] = []
+    numbers: list[int] = []
+    events: list[Event] = []
     sources: list[str] = []
     times: list[float] = []
     arrivals: list[float] = []
@@ -80,14 +81,15 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
             dead.append(dead_letter(line, _reason(data, error)))
             dead_lines.append(number)
             continue
-        events.append((number, event))
+        numbers.append(number)
+        events.append(event)
         sources.append(source)
         times.append(ts)
         arrivals.append(ts if timed else arrival)
     outcome = msgspec.structs.replace(batch.outcome, dead_letters=len(dead))
     return msgspec.structs.replace(
         batch,
-        events=events,
+        events=[*zip(numbers, events, strict=True)],
         sources=sources,
         times=times,
         arrivals=arrivals,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,9 @@ class PlainIngest:
             texts = [text_of(event) for event in new]
             encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for event, encoding in zip(new, encoded, strict=True):
-                head = json.dumps([event["source"], event["ts"]]).encode()
-                record = head + array("I", encoding.ids).tobytes()
-                txn.put(self.stored.to_bytes(8, "little"), record, db=self._records, append=True)
+                record = {"source": event["source"], "ts": event["ts"], "ids": encoding.ids}
+                number = self.stored.to_bytes(8, "little")
+                txn.put(number, json.dumps(record).encode(), db=self._records, append=True)
                 self.stored += 1
 
     def close(self) -> None:

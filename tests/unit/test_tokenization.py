@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from adapters.model_folder import BaseModelError, load_manifest
 from pipeline.dedup import NO_HASH
 from pipeline.events import Batch, Event, Exchange, Feedback, Line, Message, Origin, Reading, Text
-from pipeline.tokenization import BatchTokenizer, TokenizeStep
+from pipeline.tokenization import MAX_KNOWN, BatchTokenizer, TokenizeStep
 
 FREELY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -49,6 +49,26 @@ def test_ids_are_those_of_the_reference_and_never_control_tokens(
     assert encoded == [reference.encode(text, add_special_tokens=False).ids for text in texts]
     assert not specials(tiny_model) & {i for ids in encoded for i in ids}
     assert [reference.decode(ids) for ids in encoded] == texts
+
+
+@FREELY
+@given(st.lists(st.lists(st.sampled_from("abcdefgh").map(lambda c: f"pump {c}=1"), max_size=8), max_size=8))
+def test_a_text_that_came_before_has_the_same_ids(
+    tokenizer: BatchTokenizer, batches: list[list[str]]
+) -> None:
+    """Ids of short texts are remembered, within a bound, and not looked up while none comes again."""
+    for texts in batches:
+        whole = [ids.tolist() for ids in tokenizer._encode_new(texts)]
+        assert [ids.tolist() for ids in tokenizer.encode_flat(texts)] == whole
+        assert [ids.tolist() for ids in tokenizer._encode_known(texts)] == whole
+
+
+def test_remembered_texts_are_bounded(tokenizer: BatchTokenizer) -> None:
+    for n in range(40):
+        tokenizer._encode_known([f"{n} {i}" for i in range(300)])
+        assert len(tokenizer._known) <= MAX_KNOWN
+    tokenizer._encode_known([f"many {i}" for i in range(MAX_KNOWN + 1)])
+    assert len(tokenizer._known) <= MAX_KNOWN
 
 
 def test_an_exchange_is_in_the_models_chat_form_and_learns_the_assistants_turns(
