@@ -101,8 +101,9 @@ class Wire:
         self._request: Request | None = None
         self._url = b""
         self._in_head = False
-        self._framing_bytes = 0  # of the head or, later, since the last byte of a body
-        self._progress = False  # whether the bytes just fed completed a header, or held some of a body
+        self._header_bytes = 0  # of the headers of this head, or of the trailers
+        self._framing_bytes = 0  # that were fed since a head was complete, or some of a body came
+        self._progress = False  # whether the bytes just fed did that
 
     @property
     def quiet(self) -> bool:
@@ -117,7 +118,7 @@ class Wire:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(400, "no other protocol is spoken here: leave Upgrade out")
+            pass  # refused when its head was complete
         except httptools.HttpParserError as error:
             self._refuse(400, f"not a request in HTTP/1.1: {error}")
         # The parser keeps what it has of a header, or of a trailer, however long it gets.
@@ -128,7 +129,8 @@ class Wire:
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._request, self._url, self._in_head, self._framing_bytes = Request(), b"", True, 0
+        self._request, self._url, self._in_head = Request(), b"", True
+        self._header_bytes = self._framing_bytes = 0
         if len(self.requests) >= MAX_PIPELINED:
             self._refuse(400, f"more than {MAX_PIPELINED} requests before the first answer")
 
@@ -138,9 +140,8 @@ class Wire:
 
     def on_header(self, name: bytes, value: bytes | None) -> None:
         """A header came, or a trailer."""
-        self._progress = True
-        self._framing_bytes += len(name) + len(value or b"") + 4
-        if self._framing_bytes > MAX_HEAD_BYTES:
+        self._header_bytes += len(name) + len(value or b"") + 4
+        if self._header_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"more than {MAX_HEAD_BYTES} bytes of headers")
         elif self._in_head and self._request is not None and (name := name.lower()) in _KNOWN:
             if name in self._request.headers:
@@ -150,14 +151,16 @@ class Wire:
     def on_headers_complete(self) -> None:
         """The head is complete."""
         request, self._in_head = self._request, False
-        self._framing_bytes, self._progress = 0, True
+        self._header_bytes, self._framing_bytes, self._progress = 0, 0, True
         if request is None or self.fault is not None:
             return
         request.method = self._parser.get_method().decode("latin-1")
         request.path = self._url.partition(b"?")[0].decode("latin-1")
         request.keep_alive = self._parser.should_keep_alive()
         request.modern = self._parser.get_http_version() == "1.1"
-        if request.headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+        if self._parser.should_upgrade():
+            self._refuse(400, "no other protocol is spoken here: leave Upgrade out")
+        elif request.headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
             self._refuse(400, "of the transfer encodings only chunked is understood")
         elif request.modern and b"host" not in request.headers:
             self._refuse(400, "the header Host is missing")
@@ -174,7 +177,7 @@ class Wire:
         """The request is complete."""
         if self._request is not None:
             self._request.complete = True
-        self._request, self._framing_bytes = None, 0
+        self._request, self._progress = None, True
 
     def _refuse(self, status: int, message: str) -> None:
         if self.fault is None:
