@@ -10,9 +10,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,6 +182,43 @@ def test_what_a_mover_sends_again_is_recognized(site: Site) -> None:
         edgewater(*words, input=lines.encode())
         assert site.stored() == Counter(float(n) for n in range(max(numbers) + 1))
     assert site.held("shard-2") == Counter(float(n) for n in range(50, 90))
+
+
+def test_a_request_that_is_repeated_after_a_rescale_is_stored_once(
+    site: Site, run: Callable[[list[str]], Gateway]
+) -> None:
+    """A client that got no answer posts again, by then to another process: known by its key or by the ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with site.config.open("a") as file:
+        file.write(f'[[sources]]\nname = "api"\nkind = "http"\nhttp.listen = "{address}"\n')
+    url = f"http://{address}/v1/events"
+    ids = range(9)
+    bodies = {
+        "by-id": b"".join(b'{"kind":"reading","ts":%d,"id":"n%d","values":{"v":1}}\n' % (n, n) for n in ids),
+        "by-key": b'{"kind":"reading","ts":99,"values":{"v":1}}',
+    }  # fmt: skip
+
+    def post(name: str) -> bool:
+        key = "a" if name == "by-key" else str(time.time())
+        headers = {"Idempotency-Key": key, "Content-Type": "application/x-ndjson"}
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, bodies[name], headers), timeout=10
+            ) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    for processes in (1, 2, 1):
+        gateway = run([*site.words(processes), "--no-updates"])
+        for name in bodies:
+            until(lambda name=name: post(name), "an answer")  # type: ignore[misc]
+        assert gateway.stop() == 0
+        assert site.stored() == Counter([*map(float, ids), 99.0])
+    report = json.loads(edgewater("status", "--json", *site.words(2)).stdout)
+    assert [shard["duplicates"] for shard in report["shards"]] == [10, 10]
 
 
 def test_a_killed_or_hung_process_costs_the_others_nothing(
