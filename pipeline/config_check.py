@@ -123,6 +123,9 @@ def _check_format(source: Source, at: KeyPath, decoder: Decoder) -> None:
 def _check_render(source: Source, at: KeyPath, decoder: Decoder) -> None:
     """Check that a template is one, and does not stand beside the list that it replaces."""
     template = source.render.template
+    if template and source.render.on_change and decoder.is_sound((*at, "on_change")):
+        hint = "remove the template, or on_change"
+        decoder.fault((*at, "on_change"), "has no effect beside a template, which writes all its tags", hint)
     if not template or not decoder.is_sound(at):
         return
     if source.render.tags:

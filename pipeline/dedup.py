@@ -143,10 +143,17 @@ class SeenHashes:
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """The last reported reading of a source, at its stream time: what the next is compared with."""
+    """What the next reading of a source is compared with.
+
+    Attributes:
+        at: Stream time of the last reported reading, seconds.
+        values: Tag -> value when it was last reported.
+        written: Tag that is written on change -> stream time at which it last was, seconds.
+    """
 
     at: float
     values: dict[str, float]
+    written: dict[str, float] = {}
 
 
 class Dedup:
@@ -189,11 +196,11 @@ class Dedup:
         """Keep the first of each; count the rest as duplicates or suppressed."""
         self._seen.forget_before(self._held_from())
         digests = self._digests(batch)
-        changed: dict[str, Reference] = {}
+        events, changed = [*batch.events], dict[str, Reference]()
         if self._elsewhere is None and not any(map(self._deadband_of, {*batch.sources})):
             kept, suppressed = self._seen.admit(digests), 0
         else:
-            kept, suppressed = self._admit_each(batch, digests, changed)
+            kept, suppressed = self._admit_each(batch, digests, events, changed)
         count = sum(kept)
         self._horizon -= count
         if self._horizon <= 0:
@@ -201,7 +208,7 @@ class Dedup:
         duplicates = len(digests) - count - suppressed
         return msgspec.structs.replace(
             batch,
-            events=[*compress(batch.events, kept)],
+            events=[*compress(events, kept)],
             sources=[*compress(batch.sources, kept)],
             times=[*compress(batch.times, kept)],
             arrivals=[*compress(batch.arrivals, kept)],
@@ -211,20 +218,30 @@ class Dedup:
         )
 
     def _admit_each(
-        self, batch: Batch, digests: list[bytes], changed: dict[str, Reference]
+        self,
+        batch: Batch,
+        digests: list[bytes],
+        events: list[tuple[int, Event]],
+        changed: dict[str, Reference],
     ) -> tuple[bytearray, int]:
-        """Which events are kept, where more than their hashes decides; and how many were suppressed."""
+        """Which events are kept, where more than their hashes decides; and how many were suppressed.
+
+        Args:
+            events: Those of the Batch; a reading of which only a part is kept is replaced by it.
+            changed: Takes the references that changed.
+        """
         kept = bytearray(len(digests))
         suppressed = 0
         for i, digest in enumerate(digests):
             if digest in self._seen or (self._elsewhere is not None and digest in self._elsewhere):
                 continue
-            event = batch.events[i][1]
-            if isinstance(event, Reading) and not self._reports(
-                event, batch.sources[i], batch.arrivals[i], changed
-            ):
-                suppressed += 1
-                continue
+            number, event = events[i]
+            if isinstance(event, Reading):
+                told = self._told(event, batch.sources[i], batch.arrivals[i], changed)
+                if told is None:
+                    suppressed += 1
+                    continue
+                events[i] = (number, told)
             # What is stored is remembered, in its order: the set that a restart reads back is this one.
             self._seen.add(digest)
             kept[i] = 1
@@ -263,19 +280,25 @@ class Dedup:
         self._modes[source, kind] = mode
         return mode
 
-    def _reports(self, event: Reading, source: str, now: float, changed: dict[str, Reference]) -> bool:
+    def _told(self, event: Reading, source: str, now: float, changed: dict[str, Reference]) -> Reading | None:
+        """What is kept of a reading: all, all but the tags that did not change, or nothing (None)."""
         deadband = self._deadband_of(source)
         if deadband is None:
-            return True
-        last = self._references.get(source)
-        # A clock that stepped back says nothing about the silence: report, and count from the new time.
+            return event
+        last, values = self._references.get(source), event.values
+        quiet: set[str] = set()
+        # A clock that stepped back says nothing about the silence: report all, and count from the new time.
         back = deadband.max_silence_s > 0 and last is not None and now - last.at <= -HOLD_S
-        if last and not back and deadband.silent(last.values, event.values, now - last.at):
-            return False
-        values = {**(last.values if last else {}), **event.values}
-        kept = dict(list(values.items())[-MAX_REFERENCE_TAGS:])
-        self._references[source] = changed[source] = Reference(now, kept)
-        return True
+        if last and not back:
+            quiet = deadband.unchanged(last.values, last.written, values, now)
+            changes = not deadband.on_change & values.keys() <= quiet
+            if not changes and deadband.silent(last.values, values, now - last.at):
+                return None
+        told = {tag: value for tag, value in values.items() if tag not in quiet} if quiet else values
+        kept = dict(list({**(last.values if last else {}), **told}.items())[-MAX_REFERENCE_TAGS:])
+        written = {**(last.written if last else {}), **dict.fromkeys(told.keys() & deadband.on_change, now)}
+        self._references[source] = changed[source] = Reference(now, kept, written)
+        return event if told is values else msgspec.structs.replace(event, values=told)
 
 
 def _identity(mode: DedupMode, source: str, event: Event, line: Line, ts: float) -> object:

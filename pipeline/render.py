@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 
@@ -24,19 +25,27 @@ class Deadband(msgspec.Struct, frozen=True):
 
     Attributes:
         bands: Tag -> how far it may move unreported; None in `everywhere`'s place looks only at these.
-        everywhere: Band of all other tags, None if they are not looked at.
+        everywhere: Band of all other tags, None if they are not looked at; below 0 every value has moved.
         max_silence_s: Report at least this often, seconds of stream time; 0 never for silence alone.
+        on_change: Tags that are written only when their value is another one, or was not written for
+            `max_silence_s`; the bands say nothing about them.
     """
 
     bands: dict[str, float] = {}
     everywhere: float | None = None
     max_silence_s: float = 0.0
+    on_change: frozenset[str] = frozenset()
 
     def silent(self, last: Mapping[str, float], values: Mapping[str, float], age_s: float) -> bool:
-        """Whether a reading differs too little from the last reported one to be reported."""
+        """Whether a reading differs too little from the last reported one to be reported.
+
+        Those of `on_change` are left out of it: see `unchanged`.
+        """
         if self.max_silence_s and age_s >= self.max_silence_s:
             return False
         for tag, value in values.items():
+            if tag in self.on_change:
+                continue
             band = self.bands.get(tag, self.everywhere)
             if band is None:
                 continue
@@ -44,6 +53,25 @@ class Deadband(msgspec.Struct, frozen=True):
             if before is None or abs(value - before) > band:
                 return False
         return True
+
+    def unchanged(
+        self, last: Mapping[str, float], written: Mapping[str, float], values: Mapping[str, float], now: float
+    ) -> set[str]:
+        """The tags of `on_change` in a reading that have nothing to say.
+
+        Args:
+            last: Tag -> value when it was last reported.
+            written: Tag -> stream time of that, seconds.
+            values: The reading's.
+            now: Its stream time, seconds.
+        """
+        return {
+            tag
+            for tag in self.on_change & values.keys()
+            if tag in last
+            and last[tag] == values[tag]
+            and not (self.max_silence_s and now - written.get(tag, -math.inf) >= self.max_silence_s)
+        }
 
 
 def format_value(value: float, digits: int) -> str:

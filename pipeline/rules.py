@@ -16,6 +16,7 @@ from storage.windows import DeadLetter
 __all__ = ["SourceRules"]
 
 MAX_REMEMBERED = 4_096
+ALL_MOVED = -1.0  # a band that every value has left
 # What JSON can write as itself, which a rule must see; and a backslash of its own, which begins nothing.
 _ESCAPED = re.compile(rb"\\\\|\\u([0-9A-Fa-f]{4})")
 
@@ -116,7 +117,9 @@ def _unescape(found: re.Match[bytes]) -> bytes:
 
 
 def _deadband(source: Source) -> Deadband | None:
-    silence = float(source.max_silence)
-    if isinstance(source.deadband, dict):
-        return Deadband(source.deadband, None, silence) if source.deadband else None
-    return Deadband({}, source.deadband, silence) if source.deadband else None
+    silence, on_change = float(source.max_silence), frozenset(source.render.on_change)
+    if isinstance(source.deadband, dict) and source.deadband:
+        return Deadband(source.deadband, None, silence, on_change)
+    if not isinstance(source.deadband, dict) and source.deadband:
+        return Deadband({}, source.deadband, silence, on_change)
+    return Deadband({}, ALL_MOVED, silence, on_change) if on_change else None

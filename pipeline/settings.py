@@ -131,6 +131,10 @@ class Render(msgspec.Struct, frozen=True, kw_only=True):
     }."""
     digits: Annotated[int, Meta(ge=1, le=17)] = 3
     """Significant digits of each value. Noise in the last digits costs tokens and cannot be learned."""
+    on_change: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    """Tags that are written only when their value differs from the one that was last written, or that was not
+    written for max_silence, as in ["mode", "alarm"]. A reading that has nothing but unchanged ones of these
+    is dropped. Not beside a template, which writes its tags always."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):

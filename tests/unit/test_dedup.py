@@ -350,3 +350,77 @@ def test_only_references_that_changed_are_written(changed: bool) -> None:
     stream = Stream(deadband=Deadband({}, 1.0, 0.0))
     stream.feed(reading(1.0))
     assert bool(stream.feed(reading(5.0 if changed else 1.0)).references) is changed
+
+
+# -- tags that are written on change ----------------------------------------------------------------
+
+ON_CHANGE = Deadband({}, -1.0, 0.0, frozenset({"mode", "alarm"}))
+
+
+def values(stream: Stream, at: float = 0.0, **values: float) -> dict[str, float] | None:
+    """What is kept of a reading with these values, None if it is suppressed."""
+    batch = stream.feed(line(kind="reading", values=values, at=at))
+    assert len(batch.events) + batch.outcome.suppressed == 1
+    return batch.events[0][1].values if batch.events else None  # type: ignore[union-attr]
+
+
+def test_a_tag_on_change_is_written_only_with_another_value() -> None:
+    stream = Stream("none", deadband=ON_CHANGE)
+    assert values(stream, p=1, mode=2, alarm=0) == {"p": 1, "mode": 2, "alarm": 0}
+    assert values(stream, p=1, mode=2, alarm=0) == {"p": 1}
+    assert values(stream, p=1, mode=3, alarm=0) == {"p": 1, "mode": 3}
+    assert values(stream, p=1, mode=2) == {"p": 1, "mode": 2}, "compared with the last one, not with any"
+
+
+def test_a_reading_with_nothing_but_unchanged_tags_on_change_is_suppressed() -> None:
+    stream = Stream("none", deadband=ON_CHANGE)
+    assert values(stream, mode=2) == {"mode": 2}
+    assert values(stream, mode=2) is None
+    assert values(stream, mode=2, alarm=1) == {"alarm": 1}
+    assert values(stream, mode=2, alarm=1) is None
+
+
+def test_a_tag_on_change_is_written_again_after_the_longest_silence() -> None:
+    """Counted from when it was written, however often the others were meanwhile; alone as well."""
+    stream = Stream("none", deadband=Deadband({}, -1.0, 60.0, frozenset({"mode"})))
+    assert values(stream, 100, p=1, mode=2) == {"p": 1, "mode": 2}
+    assert values(stream, 159, p=1, mode=2) == {"p": 1}
+    assert values(stream, 160, mode=2) == {"mode": 2}
+    assert values(stream, 161, mode=2) is None
+
+
+def test_a_change_is_told_within_the_deadband_of_the_others() -> None:
+    """Then the reading is a kept one, with all values that are not quiet."""
+    stream = Stream("none", deadband=Deadband({}, 1.0, 0.0, frozenset({"mode"})))
+    assert values(stream, p=1, mode=2) == {"p": 1, "mode": 2}
+    assert values(stream, p=1.5, mode=2) is None
+    assert values(stream, p=1.5, mode=3) == {"p": 1.5, "mode": 3}
+    assert values(stream, p=2.4, mode=3) is None, "compared with the reading that was kept"
+    assert values(stream, p=2.6, mode=3) == {"p": 2.6}
+
+
+@given(st.data())
+def test_tags_on_change_do_not_depend_on_batches_or_restarts(data: st.DataObject) -> None:
+    number = st.sampled_from([0.0, 1.0, 2.0])
+    lines = []
+    for at in range(data.draw(st.integers(0, 20))):
+        chosen = data.draw(st.dictionaries(st.sampled_from(["p", "mode", "alarm"]), number, min_size=1))
+        lines.append(line(kind="reading", values=chosen, at=10.0 * at))
+    band = Deadband({}, 1.0, 30.0, frozenset({"mode", "alarm"}))
+    whole, cut = Stream("none", deadband=band), Stream("none", deadband=band)
+    expected = [event for _, event in whole.feed(*lines).events]
+    found, rest = [], lines
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        found += [event for _, event in cut.feed(*rest[:size]).events]
+        rest = rest[size:]
+        cut.open()
+    assert found == expected
+    assert cut.references == whole.references
+
+
+def test_what_is_told_of_a_reading_leaves_the_batch_before_as_it_was() -> None:
+    stream = Stream("none", deadband=ON_CHANGE)
+    before = decode(Batch([line(kind="reading", values={"p": 1, "mode": 2}) for _ in range(2)]))
+    stream.step(before)
+    assert [event.values for _, event in before.events] == 2 * [{"p": 1, "mode": 2}]  # type: ignore[union-attr]

@@ -151,3 +151,17 @@ def test_rules_apply_in_their_order(tmp_path: Path) -> None:
     )
     (event,) = (event for _, event in held.redact(batch({"kind": "text", "text": MAIL})).events)
     assert event == Text(text="e")
+
+
+def test_tags_on_change_are_a_deadband_that_every_other_value_has_left(tmp_path: Path) -> None:
+    held = rules(
+        tmp_path,
+        '[[sources]]\nname = "a"\nkind = "stdin"\nmax_silence = "1m"\nrender = { on_change = ["mode"] }\n'
+        '[[sources]]\nname = "b"\nkind = "files"\npath = "x"\ndeadband = 0.5\nrender.on_change = ["mode"]\n',
+    )
+    plain, banded = held.deadband("a"), held.deadband("b")
+    assert plain is not None
+    assert banded is not None
+    assert (plain.on_change, plain.max_silence_s) == (frozenset({"mode"}), 60.0)
+    assert not plain.silent({"p": 1.0}, {"p": 1.0}, 0.0)
+    assert (banded.on_change, banded.everywhere) == (frozenset({"mode"}), 0.5)
