@@ -63,9 +63,11 @@ class _Held:
 
     Attributes:
         since: When we began to wait for its client; None while the client waits for us.
+        accepted: Its socket, until the task took it over: one that is cancelled before it began never does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accepted: socket.socket) -> None:
+        self.accepted: socket.socket | None = accepted
         self.since: float | None = time.monotonic()
         self.task: asyncio.Task[None] | None = None
 
@@ -114,7 +116,7 @@ class Server:
                     refusal = busy()
                     accepted.send(answer(503, f"{refusal}\n", refusal.headers, keep_alive=False))
             return
-        held = _Held()
+        held = _Held(accepted)
         held.task = asyncio.create_task(self._connection(accepted, held))
         self._held.add(held)
         held.task.add_done_callback(partial(self._gone, held))
@@ -133,10 +135,13 @@ class Server:
 
     def _gone(self, held: _Held, task: asyncio.Task[None]) -> None:
         self._held.discard(held)
+        if held.accepted is not None:
+            held.accepted.close()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("a connection ended: %r", error)
 
     async def _connection(self, accepted: socket.socket, held: _Held) -> None:
+        held.accepted = None
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=READ_BYTES // 2)
         protocol = asyncio.StreamReaderProtocol(reader)

@@ -17,7 +17,7 @@ from pipeline.source_settings import HttpSource
 from pipeline.sources.http import HttpConnector
 from pipeline.sources.inbox import Connector, Inbox, QueueLimits, Settled
 
-__all__ = ["Answer", "Client", "Site", "free_port", "make", "site"]
+__all__ = ["Answer", "Client", "Site", "connected", "free_port", "make", "site"]
 
 
 def free_port() -> int:
@@ -25,6 +25,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def connected(port: int) -> socket.socket:
+    """A connection, as soon as somebody listens."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=10)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline, "nobody listens"
+            time.sleep(0.02)
 
 
 class Answer:
@@ -205,13 +216,7 @@ class _Clients:
         return HttpConnector("site", HttpSource(listen=f"127.0.0.1:{self._port}"))
 
     def ready(self) -> None:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
-                    return
-            time.sleep(0.01)
-        raise AssertionError("nobody listens")
+        connected(self._port).close()
 
     def send(self, number: int) -> bytes:
         text = b'"event %d"' % number
