@@ -59,6 +59,7 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
     began: float = 0.0
     key: str = ""
     refused: str = ""
+    allowed: list[str] | None = None
 
     @classmethod
     def of(cls, line: Line) -> CaptureLine:
@@ -71,7 +72,7 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
             raw64 = base64.b64encode(line.data).decode()
         return cls(
             origin.arrival, origin.source, origin.input, line.offset, raw, raw64, origin.began,
-            line.key, line.refused,
+            line.key, line.refused, None if origin.allowed is None else sorted(origin.allowed),
         )  # fmt: skip
 
     def line(self) -> Line:
@@ -79,7 +80,8 @@ class CaptureLine(msgspec.Struct, frozen=True, omit_defaults=True):
         data = (self.raw or "").encode()
         if self.raw64 is not None:
             data = base64.b64decode(self.raw64, validate=True)
-        origin = Origin(self.source, self.input, self.at, began=self.began)
+        allowed = None if self.allowed is None else frozenset(self.allowed)
+        origin = Origin(self.source, self.input, self.at, began=self.began, allowed=allowed)
         return Line(data, self.offset, origin, self.key, self.refused)
 
 

@@ -180,6 +180,8 @@ def _http_faults(http: HttpSource) -> Iterator[SourceFault]:
                 f'"{name}" is no name of a source',
                 'as in ["pump-1", "pump-2"], or ["*"] for any',
             )
+    if len(http.sources) > 64:
+        yield "sources", "more than 64 names", 'use ["*"], or several ports'
     if not 1024 <= http.max_body <= 64 << 20:
         yield "max_body", "expected 1KiB to 64MiB", "send large files in several requests"
     if http.gather > 10:

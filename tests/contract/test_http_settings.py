@@ -37,13 +37,13 @@ TOKEN = "0123456789abcdef"
         ({"key_file": "key.pem"}, ["key_file"]),
         ({"sources": ("pump-1", "*")}, []),
         ({"sources": ("Pump 1",)}, ["sources"]),
+        ({"sources": tuple(f"pump-{n}" for n in range(65))}, ["sources"]),
         ({"max_body": Size.parse("100MiB")}, ["max_body"]),
         ({"max_body": Size(0)}, ["max_body"]),
         ({"gather": Duration(0)}, []),
         ({"gather": Duration(11)}, ["gather"]),
         ({"timeout": Duration(0)}, ["timeout"]),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_named(settings: dict[str, Any], faulty: list[str]) -> None:
     assert [key for key, _, _ in HttpSource(**settings).faults()] == faulty

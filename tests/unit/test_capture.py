@@ -44,6 +44,17 @@ def test_a_capture_reads_back_as_it_was_recorded(tmp_path: Path) -> None:
     assert capture.lines == len(lines)
 
 
+def test_a_replay_refuses_the_sources_that_were_refused(tmp_path: Path) -> None:
+    """Which sources an event may name is a setting of the source; the capture brings it along."""
+    origins = [
+        Origin("site", "http:site", 1.0, allowed=allowed) for allowed in (None, frozenset(), frozenset("ab"))
+    ]
+    lines = [Line(b"{}", -1, origin, "key-1") for origin in origins]
+    with writer(tmp_path) as capture:
+        capture.write(lines)
+    assert replayed(capture.path) == lines
+
+
 @given(st.binary(max_size=100), st.integers(-1, 2**60), st.floats(0, 4e9), st.floats(0, 4e9))
 def test_any_bytes_survive_a_captured_line(data: bytes, offset: int, at: float, began: float) -> None:
     import msgspec
