@@ -27,7 +27,7 @@ import time
 import urllib.request
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -108,6 +108,15 @@ class Served:
         """RssAnon and RssShmem now."""
         status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return sum(int(x.split()[1]) for x in status if x.startswith(("RssAnon", "RssShmem"))) / 1024
+
+
+def watched(at: Served, load: Future[Load]) -> tuple[Load, float]:
+    """Wait for the load. Returns: it, and the most memory that ingest had meanwhile, MiB."""
+    peak = 0.0
+    while not load.done():
+        peak = max(peak, at.memory_mib())
+        time.sleep(0.02)
+    return load.result(), peak
 
 
 @contextmanager
@@ -211,7 +220,7 @@ def run_bulk(lines: list[bytes], a_body: int, connections: int) -> dict[str, obj
     bodies = [b"\n".join(lines[at : at + a_body]) for at in range(0, len(lines), a_body)]
     with served() as at, _generator() as pool:
         before, cpu = at.commits(), at.cpu_s()
-        load = pool.submit(bulk, at.port, bodies, connections).result()
+        load, peak = watched(at, pool.submit(bulk, at.port, bodies, connections))
         stored = _stored(at)
         return {
             "events": len(lines),
@@ -219,7 +228,7 @@ def run_bulk(lines: list[bytes], a_body: int, connections: int) -> dict[str, obj
             "lost": len(lines) - stored,
             "commits_s": (at.commits() - before) / load.seconds,
             "cores": (at.cpu_s() - cpu) / load.seconds,
-            "memory_mib": at.memory_mib(),
+            "peak_mib": peak,
             "statuses": load.statuses,
         }
 
@@ -230,7 +239,7 @@ def run_single(lines: list[bytes], rate: float) -> dict[str, object]:
     with served() as at, _generator() as pool:
         pool.submit(single, at.port, requests[: int(rate)], rate, SINGLES).result()  # warm
         before, cpu = at.commits(), at.cpu_s()
-        load = pool.submit(single, at.port, requests[int(rate) :], rate, SINGLES).result()
+        load, peak = watched(at, pool.submit(single, at.port, requests[int(rate) :], rate, SINGLES))
         ordered = sorted(load.late_s)
         return {
             "posts_s": len(ordered) / load.seconds,
@@ -240,7 +249,7 @@ def run_single(lines: list[bytes], rate: float) -> dict[str, object]:
             "max_ms": 1_000 * ordered[-1],
             "commits_s": (at.commits() - before) / load.seconds,
             "cores": (at.cpu_s() - cpu) / load.seconds,
-            "memory_mib": at.memory_mib(),
+            "peak_mib": peak,
             "statuses": load.statuses,
         }
 
@@ -267,7 +276,7 @@ def main() -> None:
     if arguments.only != "single":
         for name, lines in streams.items():
             results[name] = run_bulk(lines, arguments.body, arguments.connections)
-        keys = ["events_s", "commits_s", "cores", "memory_mib", "lost", "statuses"]
+        keys = ["events_s", "commits_s", "cores", "peak_mib", "lost", "statuses"]
         rows = [[name, *_cells(result, keys)] for name, result in results.items()]
         title = f"Bulk: {arguments.body} events a body, {arguments.connections} connections"
         _report.table(title, ["stream", *keys], rows)
@@ -281,7 +290,7 @@ def main() -> None:
             "max_ms",
             "commits_s",
             "cores",
-            "memory_mib",
+            "peak_mib",
             "lost",
             "statuses",
         ]
