@@ -1,8 +1,8 @@
 """Dedup: drop what was delivered or said before, within a horizon; the one step that remembers events.
 
 Its memory is the newest `horizon` hashes, which lie in the ring's blocks and are read back at the start,
-so nothing has to be written for it. Readings that report by exception are suppressed here too, because
-their reference values are the same kind of memory.
+so nothing has to be written for it; and so do the texts that near duplicates are told by. Readings that
+report by exception are suppressed here too, because their reference values are the same kind of memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from itertools import compress
 import msgspec
 
 from pipeline.clock import HOLD_S
-from pipeline.events import KIND_OF, Batch, Event, Exchange, Line, Reading, Text
+from pipeline.events import KIND_OF, Batch, Event, Exchange, Line, Outcome, Reading, Text
+from pipeline.near_duplicates import NearDuplicates
 from pipeline.render import Deadband
 from storage.samples import HASH_BYTES
 
@@ -59,6 +60,16 @@ class SeenHashes:
         self._first = self._next = next_seq - count
         for key in array("Q", hashes)[:: HASH_BYTES // 8]:
             self._put(key)
+
+    @property
+    def next_seq(self) -> int:
+        """Seq of the next sample."""
+        return self._next
+
+    @property
+    def first_seq(self) -> int:
+        """Seq of the oldest sample that is not forgotten."""
+        return max(self._first, self._next - self._horizon)
 
     def __len__(self) -> int:
         return len(self._keys) - self._keys.count(0)
@@ -106,7 +117,7 @@ class SeenHashes:
 
     def forget_before(self, seq: int) -> None:
         """Forget samples before a seq: a restart could not read them back, and must not decide otherwise."""
-        self._first = max(self._first, self._next - self._horizon)
+        self._first = self.first_seq
         while self._first < min(seq, self._next):
             self._keys[self._first % self._horizon + 1] = 0
             self._first += 1
@@ -168,6 +179,8 @@ class Dedup:
         deadband_of: Source -> its deadband, None if it reports everything.
         elsewhere: Hashes of what other shards of the host stored before this process began.
         horizon: After so many samples of its own those are too old to matter, and are forgotten.
+        near: Source -> its newest texts, for the sources whose near duplicates are dropped.
+        clean: A text as it can be read back from the ring.
     """
 
     def __init__(
@@ -180,8 +193,11 @@ class Dedup:
         deadband_of: Callable[[str], Deadband | None],
         elsewhere: SeenHashes | None = None,
         horizon: int = 0,
+        near: Mapping[str, NearDuplicates] = {},
+        clean: Callable[[str], str] = str,
     ) -> None:
-        self._elsewhere, self._horizon = elsewhere, horizon
+        self._elsewhere, self._horizon = elsewhere or None, horizon  # None as well where it holds nothing
+        self._near, self._clean = near, clean
         # Copied for each event, which costs less than to make one with this key.
         self._hasher = hashlib.blake2b(digest_size=HASH_BYTES, key=key)
         self._seen = seen
@@ -196,16 +212,20 @@ class Dedup:
         """Keep the first of each; count the rest as duplicates or suppressed."""
         self._seen.forget_before(self._held_from())
         digests = self._digests(batch)
-        events, changed = [*batch.events], dict[str, Reference]()
-        if self._elsewhere is None and not any(map(self._deadband_of, {*batch.sources})):
-            kept, suppressed = self._seen.admit(digests), 0
+        events, changed, outcome = (
+            [*batch.events],
+            dict[str, Reference](),
+            msgspec.structs.replace(batch.outcome),
+        )
+        if self._elsewhere is None and not any(map(self._looks_closer, {*batch.sources})):
+            kept = self._seen.admit(digests)
         else:
-            kept, suppressed = self._admit_each(batch, digests, events, changed)
+            kept = self._admit_each(batch, digests, events, changed, outcome)
         count = sum(kept)
         self._horizon -= count
         if self._horizon <= 0:
             self._elsewhere = None
-        duplicates = len(digests) - count - suppressed
+        outcome.duplicates = len(digests) - count - outcome.suppressed - outcome.near_duplicates
         return msgspec.structs.replace(
             batch,
             events=[*compress(events, kept)],
@@ -214,7 +234,7 @@ class Dedup:
             arrivals=[*compress(batch.arrivals, kept)],
             hashes=[*compress(digests, kept)],
             references={source: msgspec.msgpack.encode(reference) for source, reference in changed.items()},
-            outcome=msgspec.structs.replace(batch.outcome, duplicates=duplicates, suppressed=suppressed),
+            outcome=outcome,
         )
 
     def _admit_each(
@@ -223,15 +243,16 @@ class Dedup:
         digests: list[bytes],
         events: list[tuple[int, Event]],
         changed: dict[str, Reference],
-    ) -> tuple[bytearray, int]:
-        """Which events are kept, where more than their hashes decides; and how many were suppressed.
+        outcome: Outcome,
+    ) -> bytearray:
+        """Which events are kept, where more than their hashes decides.
 
         Args:
             events: Those of the Batch; a reading of which only a part is kept is replaced by it.
             changed: Takes the references that changed.
+            outcome: Takes the counts, but for the duplicates.
         """
         kept = bytearray(len(digests))
-        suppressed = 0
         for i, digest in enumerate(digests):
             if digest in self._seen or (self._elsewhere is not None and digest in self._elsewhere):
                 continue
@@ -239,13 +260,31 @@ class Dedup:
             if isinstance(event, Reading):
                 told = self._told(event, batch.sources[i], batch.arrivals[i], changed)
                 if told is None:
-                    suppressed += 1
+                    outcome.suppressed += 1
                     continue
                 events[i] = (number, told)
+            elif isinstance(event, Text) and self._said_before(event, batch.sources[i]):
+                outcome.near_duplicates += 1
+                continue
             # What is stored is remembered, in its order: the set that a restart reads back is this one.
             self._seen.add(digest)
             kept[i] = 1
-        return kept, suppressed
+        return kept
+
+    def _looks_closer(self, source: str) -> bool:
+        return source in self._near or self._deadband_of(source) is not None
+
+    def _said_before(self, event: Text, source: str) -> bool:
+        """Whether a text is a near duplicate; else it is remembered under the seq that it gets."""
+        near = self._near.get(source)
+        if near is None:
+            return False
+        near.forget_before(self._seen.first_seq)
+        text = self._clean(event.text)
+        if near.find(text) is not None:
+            return True
+        near.add(self._seen.next_seq, text)
+        return False
 
     def _digests(self, batch: Batch) -> list[bytes]:
         """The hash of each event, NO_HASH where nothing identifies it."""

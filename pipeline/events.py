@@ -143,6 +143,7 @@ class Outcome(msgspec.Struct):
     suppressed: int = 0
     dead_letters: int = 0
     dropped: int = 0
+    near_duplicates: int = 0
 
 
 class Receipt(msgspec.Struct, frozen=True):

@@ -36,6 +36,9 @@ def our_version() -> str:
         return "unknown"
 
 
+OUTCOMES = ("samples", "duplicates", "near_duplicates", "suppressed", "dead_letters", "dropped")
+
+
 class IngestMetrics:
     """What the dataflow tells of itself, and what the registry knows, as Prometheus metrics.
 
@@ -112,7 +115,7 @@ class IngestMetrics:
 
     def _stream_metrics(self, last: Committed) -> Iterable[Metric]:
         events = CounterMetricFamily("edgewater_events", "Inputs by outcome", labels=["outcome"])
-        for outcome in ("samples", "duplicates", "suppressed", "dead_letters", "dropped"):
+        for outcome in OUTCOMES:
             events.add_metric([outcome], last.state.counters.get(outcome, 0))
         yield events
         help_text = "Samples whose content is gone, by why"

@@ -26,6 +26,7 @@ from pipeline.elsewhere import Elsewhere, take_over
 from pipeline.events import Batch
 from pipeline.flow import Step, build_flow
 from pipeline.health import IngestMetrics
+from pipeline.near_duplicates import recalled
 from pipeline.readers import ReaderWatch
 from pipeline.rules import SourceRules
 from pipeline.shards import MAIN
@@ -197,6 +198,8 @@ def build_steps(
         rules.deadband,
         elsewhere.seen(ring.header.dedup_key),
         horizon,
+        recalled(rules.near_duplicates(), ring, horizon, tokenizer.texts_of),
+        tokenizer.clean,
     )
     steps: dict[str, Step] = {
         "decode": partial(decode, refusal=tokenizer.refusal),

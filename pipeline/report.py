@@ -31,7 +31,9 @@ _SCORES = (
     "base_bits_per_byte", "active_bits_per_byte", "held_out_before_bits_per_byte",
     "held_out_after_bits_per_byte", "anchor_delta_bits_per_token",
 )  # fmt: skip
-_COUNTERS = ("events", "samples", "duplicates", "suppressed", "dead_letters", "dropped")
+_COUNTERS = (
+    "events", "samples", "duplicates", "near_duplicates", "suppressed", "dead_letters", "dropped",
+)  # fmt: skip
 
 
 class WindowReport(msgspec.Struct, kw_only=True):
@@ -86,6 +88,7 @@ class ShardReport(msgspec.Struct, kw_only=True):
     events: int = 0
     samples: int = 0
     duplicates: int = 0
+    near_duplicates: int = 0
     suppressed: int = 0
     dead_letters: int = 0
     dropped: int = 0
@@ -98,8 +101,8 @@ class Report(msgspec.Struct, kw_only=True):
     """What `demo`, `replay` and `status` print with --json, and what lies in report.json.
 
     Attributes:
-        events, samples, duplicates, suppressed, dead_letters, dropped, lost, open_window_samples: Of all
-            shards.
+        events, samples, duplicates, near_duplicates, suppressed, dead_letters, dropped, lost,
+            open_window_samples: Of all shards.
         ring_digest: Of the one ring; of several, blake2b-256 over "<shard>\\0<digest>" of each, "main" first.
         shards: The same of each shard, "main" first, also of those that no process writes any more.
     """
@@ -107,6 +110,7 @@ class Report(msgspec.Struct, kw_only=True):
     events: int = 0
     samples: int = 0
     duplicates: int = 0
+    near_duplicates: int = 0
     suppressed: int = 0
     dead_letters: int = 0
     dropped: int = 0
@@ -140,6 +144,7 @@ def format_report(report: Report) -> str:
     lines = [
         f"{report.events:,} events: {report.samples:,} samples, {report.duplicates:,} duplicates, "
         f"{report.suppressed:,} suppressed, {report.dead_letters:,} dead letters"
+        + (f", {report.near_duplicates:,} near duplicates" if report.near_duplicates else "")
         + (f", {report.dropped:,} dropped from full queues" if report.dropped else ""),
     ]
     if report.lost:

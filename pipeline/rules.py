@@ -9,6 +9,7 @@ import msgspec
 
 from pipeline.config import source_defaults
 from pipeline.events import Batch, Event, Exchange, Feedback, Message, Reading, Text
+from pipeline.near_duplicates import NearDuplicates
 from pipeline.render import Deadband, ReadingText
 from pipeline.settings import Config, Render, Source
 from storage.windows import DeadLetter
@@ -40,6 +41,14 @@ class SourceRules:
     def deadband(self, source: str) -> Deadband | None:
         """The source's deadband, None if every reading is kept."""
         return self._deadbands.get(source)
+
+    def near_duplicates(self) -> dict[str, NearDuplicates]:
+        """A memory, still empty, for each source whose near duplicates are dropped."""
+        return {
+            name: NearDuplicates(source.near_duplicates, source.near_horizon)
+            for name, source in self._sources.items()
+            if source.near_duplicates and self._horizon
+        }
 
     def render(self, source: str, event: Reading) -> str:
         """A reading as text."""

@@ -219,7 +219,11 @@ class Tap:
         if not picks:
             return
         events, kept = dict(before.events), {n for n, _ in after.events}
-        names = {"duplicates": "duplicate", "suppressed": "within the deadband"}
+        names = {
+            "duplicates": "duplicate",
+            "near_duplicates": "near duplicate",
+            "suppressed": "within the deadband",
+        }
         counts = msgspec.structs.asdict(after.outcome)
         other = {"samples", "dead_letters", "dropped"}
         why = [names.get(name, name) for name, count in counts.items() if count and name not in other]

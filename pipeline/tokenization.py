@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import operator
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -92,6 +92,18 @@ class BatchTokenizer:
         """Encode texts to a list of ids each."""
         ids, offsets = self.encode_flat(texts)
         return [ids[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))]
+
+    def clean(self, text: str) -> str:
+        """A text as it can be read back from its ids: without characters that have none."""
+        return self._clean(text)
+
+    def texts_of(self, samples: Samples, chosen: Sequence[int]) -> list[str]:
+        """The texts of some samples, by their indices."""
+        if samples.texts is not None:
+            return [samples.texts[i] for i in chosen]
+        starts = samples.offsets()
+        ids = [samples.ids[starts[i] : starts[i + 1]].tolist() for i in chosen]
+        return cast("list[str]", self._tokenizer.decode_batch(ids))
 
     def _cleaned(self, texts: list[str]) -> list[str]:
         """The texts without characters that have no ids: nearly always, and told by one look, as they are."""
