@@ -37,7 +37,8 @@ from pathlib import Path
 import msgspec
 
 from pipeline.dedup import Reference, SeenHashes
-from storage.errors import LockHeldError
+from storage.check import quick_check
+from storage.errors import LockHeldError, StorageError
 from storage.folder import DataFolder, RoleLock
 from storage.opening import mend_ring, open_ring_reader
 from storage.ring import Commit, Ring
@@ -90,14 +91,18 @@ class Elsewhere(msgspec.Struct, frozen=True):
             tokenizer_id, max_bytes: Of a ring that must be made anew without its header.
         Raises: StorageError if one cannot be read: what it says of the positions is not known then.
         """
-        others = [name for name in folder.shards() if name != shard]
-        rings = []
+        others = [name for name in folder.shards(unfinished=True) if name != shard]
+        key = _key_of(folder.ring / shard) if others else b""
+        rings: list[OtherRing] = []
         for name in others:
             with _at_rest(folder, name) as rests:
                 if rests:
-                    mend_ring(folder, name, tokenizer_id=tokenizer_id, max_bytes=max_bytes)
+                    mend_ring(
+                        folder, name, tokenizer_id=tokenizer_id, max_bytes=max_bytes, dedup_key=key
+                    )  # fmt: skip
                 if (folder.ring / name).is_dir():
                     rings.append(_read(folder.ring / name, name, horizon // len(others)))
+                    key = key or rings[-1].dedup_key
         return cls(tuple(rings))
 
     @property
@@ -127,6 +132,15 @@ class Elsewhere(msgspec.Struct, frozen=True):
                 if source not in newest or at(newest[source]).at < at(data).at:
                     newest[source] = data
         return newest
+
+
+def _key_of(folder: Path) -> bytes:
+    """The secret of the own ring, b"" where there is none, or none that can be read yet."""
+    with contextlib.suppress(StorageError):
+        if folder.is_dir() and all(problem.cure != "rebuild" for problem in quick_check(folder)):
+            with Ring.open_reader(folder) as ring:
+                return ring.header.dedup_key
+    return b""
 
 
 def _read(folder: Path, shard: str, hashes: int) -> OtherRing:

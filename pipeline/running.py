@@ -295,7 +295,7 @@ def _check_record(folder: DataFolder, record: ReplayRecord, resume: bool) -> Rep
     """What the folder holds already. Raises: StorageError if that is not a part of this replay."""
     path = folder.path / _RECORD
     if not path.exists():
-        if (folder.ring / MAIN).exists():
+        if folder.shards():
             hint = "choose an empty folder: a replay has one of its own"
             raise StorageError("holds a live stream, not a replay", path=folder.path, hint=hint)
         return None

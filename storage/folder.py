@@ -196,12 +196,17 @@ class DataFolder:
         held = (line for line in fields if line[1:2] == ["FLOCK"] and line[5].endswith(f":{inode}"))
         return next((int(line[4]) for line in held), None)
 
-    def shards(self) -> list[str]:
-        """Shards that have a ring, "main" first, then by number."""
+    def shards(self, *, unfinished: bool = False) -> list[str]:
+        """Shards that have a ring, "main" first, then by number.
+
+        Args:
+            unfinished: Also those of which a crash left only what stands beside it: a ring that was being
+                rebuilt or migrated, a backup (`main.v1`).
+        """
         if not self.ring.is_dir():
             return []
-        # A name with a dot is one being made, or a backup (`main.v1`).
-        names = [path.name for path in self.ring.iterdir() if path.is_dir() and "." not in path.name]
+        folders = [path.name for path in self.ring.iterdir() if path.is_dir()]
+        names = {name.partition(".")[0] for name in folders if unfinished or "." not in name}
         return sorted(names, key=lambda name: (name != "main", len(name), name))
 
     def update_folder(self, shard: str, window: int) -> Path:

@@ -164,7 +164,7 @@ def repair(data: DataFolder) -> list[str]:
     """
     done: list[str] = []
     with contextlib.ExitStack() as stack:
-        shards = sorted(_shards(data))
+        shards = data.shards(unfinished=True)
         ingests = (f"ingest-{shard}" for shard in sorted({"main", *shards}))
         roles = ("starting", *ingests, "trainer", "server", "admin")
         for role in roles:
@@ -192,13 +192,6 @@ def _damaged_blocks(folder: Path) -> list[Problem]:
     found = [problem for problem in check_ring(folder, live=False) if problem.kind == "block"]
     log.info("the last run did not end cleanly: read every block in %.2f s", time.monotonic() - started)
     return found
-
-
-def _shards(data: DataFolder) -> set[str]:
-    """Shards that have a ring, or half of a rebuilt one."""
-    if not data.ring.is_dir():
-        return set()
-    return {path.name.partition(".")[0] for path in data.ring.iterdir() if path.is_dir()}
 
 
 def _quarantine(data: DataFolder, ring: Ring) -> list[str]:

@@ -92,6 +92,28 @@ def test_a_ring_that_lost_its_header_takes_the_secret_of_the_others(folder: Data
         assert again.newest_hashes(4) == b"".join(map(hash_of, range(1, 5)))
 
 
+def test_a_ring_at_rest_that_lost_its_header_takes_the_own_secret(folder: DataFolder) -> None:
+    with ring_of(folder, "shard-2", bytes([7]) * 32):
+        pass
+    with ring_of(folder, "main", bytes([7]) * 32) as main, main._env.begin(write=True) as txn:
+        txn.delete(b"H")
+    (found,) = read(folder, "shard-2").rings
+    assert (found.shard, found.dedup_key) == ("main", bytes([7]) * 32)
+
+
+@pytest.mark.parametrize("left", ["shard-2.rebuilt.new", "shard-2.v1"])
+def test_a_ring_whose_rebuild_was_cut_short_is_found(folder: DataFolder, left: str) -> None:
+    """The damaged one is away, the new one has not its name yet: the positions in it still count."""
+    with ring_of(folder, "shard-2") as ring:
+        store(ring, range(1, 5))
+    if left == "shard-2.v1":
+        (folder.ring / left).mkdir()
+    else:
+        (folder.ring / "shard-2").rename(folder.ring / left)
+    (found,) = read(folder, "main").rings
+    assert (found.shard, len(found.hashes)) == ("shard-2", 4 * 16)
+
+
 def test_hashes_of_all_other_shards_come_within_one_horizon(folder: DataFolder) -> None:
     """The newest of each, the same share."""
     for number, shard in enumerate(("main", "shard-2", "shard-3")):
