@@ -116,7 +116,7 @@ class Assembler:
         self._chunks.append(chunk)
         self._urgent |= chunk.urgent
         self._lines += len(chunk.lines)
-        self._bytes += sum(len(line.data) for line in chunk.lines)
+        self._bytes += sum([len(line.data) for line in chunk.lines])
 
     def _full(self) -> bool:
         return self._lines >= self._limits.lines or self._bytes >= self._limits.data_bytes

@@ -38,7 +38,6 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
         batch: Lines.
         refusal: Why an exchange or feedback cannot be learned from with this base model, "" if it can.
     """
-    numbers: list[int] = []
     events: list[Event] = []
     sources: list[str] = []
     times: list[float] = []
@@ -81,11 +80,11 @@ def decode(batch: Batch, refusal: Callable[[Event], str] = lambda event: "") -> 
             dead.append(dead_letter(line, _reason(data, error)))
             dead_lines.append(number)
             continue
-        numbers.append(number)
         events.append(event)
         sources.append(source)
         times.append(ts)
         arrivals.append(ts if timed else arrival)
+    numbers = sorted({*range(len(batch.lines))}.difference(dead_lines)) if dead else range(len(batch.lines))
     outcome = msgspec.structs.replace(batch.outcome, dead_letters=len(dead))
     return msgspec.structs.replace(
         batch,

@@ -288,13 +288,11 @@ class Dedup:
 
     def _digests(self, batch: Batch) -> list[bytes]:
         """The hash of each event, NO_HASH where nothing identifies it."""
-        encode, copied, lines = msgspec.msgpack.encode, self._hasher.copy, batch.lines
+        encode, copied, modes, lines = msgspec.msgpack.encode, self._hasher.copy, self._modes, batch.lines
         digests: list[bytes] = []
-        mode, of, by = "", None, None  # events of one source and kind mostly come in runs
         for (number, event), source, when in zip(batch.events, batch.sources, batch.times, strict=True):
             kind = type(event)
-            if source is not of or kind is not by:
-                mode, of, by = self._mode(source, kind), source, kind
+            mode = modes.get((source, kind)) or self._mode(source, kind)
             line = lines[number]
             if mode == "delivery" and event.id is None and event.ts is not None and not line.key:
                 content = sorted(event.values.items()) if type(event) is Reading else _content(event)
@@ -310,9 +308,6 @@ class Dedup:
         return digests
 
     def _mode(self, source: str, kind: type[Event]) -> DedupMode:
-        mode = self._modes.get((source, kind))
-        if mode is not None:
-            return mode
         mode = self._mode_of(source, KIND_OF[kind])
         if len(self._modes) >= MAX_REMEMBERED:  # names come from the events: remember only so many
             self._modes.clear()

@@ -69,7 +69,7 @@ class BatchTokenizer:
     def _encode_known(self, texts: list[str]) -> tuple[array[int], array[int]]:
         """Encode short texts, most of which came before: with few digits a reading soon repeats itself."""
         parts = [*map(self._known.get, texts)]
-        if missing := parts.count(None):
+        if None in parts:
             new = [*{text: None for text, part in zip(texts, parts, strict=True) if part is None}]
             new_ids, ends = self._encode_new(new)
             raw, width = new_ids.tobytes(), new_ids.itemsize
@@ -81,7 +81,7 @@ class BatchTokenizer:
                 self._known.clear()
             if len(found) <= MAX_KNOWN:
                 self._known |= found
-            if 2 * missing > len(texts):
+            if 2 * len(new) > len(texts):
                 self._calls_without = CALLS_WITHOUT
         ids: array[int] = array("I")
         ids.frombytes(b"".join(cast("list[bytes]", parts)))

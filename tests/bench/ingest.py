@@ -35,6 +35,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 # Before anything that starts threads is imported: one core means one.
 os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path as well as with -m
@@ -84,6 +86,30 @@ def short_readings(seed: int = 0) -> Iterator[bytes]:
         number += 1
 
 
+class Rate(msgspec.Struct, frozen=True):
+    """What one run took of an event.
+
+    Attributes:
+        events_s: Events a second, by the clock.
+        cpu_us: Time on the core, us an event: what else runs on the machine hardly changes it.
+    """
+
+    events_s: float
+    cpu_us: float
+
+
+class Watch:
+    """Measures a run from its making on."""
+
+    def __init__(self) -> None:
+        self._began, self._cpu = time.perf_counter(), time.process_time()
+
+    def rate(self, events: int) -> Rate:
+        """What it took until now."""
+        seconds, cpu = time.perf_counter() - self._began, time.process_time() - self._cpu
+        return Rate(events / seconds, 1e6 * cpu / events)
+
+
 class ListConnector:
     """Hands over lines that it has, as fast as they are taken."""
 
@@ -92,11 +118,11 @@ class ListConnector:
     def __init__(self, lines: Sequence[bytes]) -> None:
         self._lines = lines
         self._thread = ReaderThread()
-        self.began = 0.0
+        self.watch = Watch()
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """Begin to send."""
-        self.began = time.perf_counter()
+        self.watch = Watch()
         self._thread.start(self, inbox, lambda: self._send(inbox))
 
     def acknowledge(self, settled: list[Settled]) -> None:
@@ -117,36 +143,36 @@ class ListConnector:
 # -- events a second --------------------------------------------------------------------------------
 
 
-def run_edgewater(work: Path, model: Path, lines: Sequence[bytes]) -> float:
-    """The whole flow in this process. Returns: events a second, from the first line to the last commit."""
+def run_edgewater(work: Path, model: Path, lines: Sequence[bytes]) -> Rate:
+    """The whole flow in this process, from the first line to the last commit."""
     own = (f"data_dir={_quoted(work / 'data')}", 'health.listen=""', f"dedup.horizon_events={HORIZON}")
     config = load(None, own, require_sources=False)
     folder = DataFolder.open(config.data_dir, create=True)
     connector = ListConnector(lines)
     state = ingest(config, folder, model, [connector], IngestOptions(finite=True), threading.Event())
-    seconds = time.perf_counter() - connector.began
+    rate = connector.watch.rate(len(lines))
     folder.close()
     expected = len(set(lines))
     if (state.counters["events"], state.counters["samples"]) != (len(lines), expected):
         raise AssertionError(f"of {len(lines)} lines, {expected} distinct, came {state.counters}")
-    return len(lines) / seconds
+    return rate
 
 
-def run_plain(work: Path, model: Path, lines: Sequence[bytes], pre_tokenizer: dict[str, Any] | None) -> float:
-    """The plain way. Returns: events a second."""
+def run_plain(work: Path, model: Path, lines: Sequence[bytes], pre_tokenizer: dict[str, Any] | None) -> Rate:
+    """The plain way."""
     with contextlib.closing(PlainIngest(work, model / "tokenizer.json", pre_tokenizer)) as plain:
-        began = time.perf_counter()
+        watch = Watch()
         for start in range(0, len(lines), A_COMMIT):
             plain.commit(lines[start : start + A_COMMIT])
-        seconds = time.perf_counter() - began
+        rate = watch.rate(len(lines))
     if plain.stored != len(set(lines)):
         raise AssertionError(f"the plain way stored {plain.stored} of {len(set(lines))}")
-    return len(lines) / seconds
+    return rate
 
 
-def compare(scratch: Path, model: Path, lines: Sequence[bytes], rounds: int) -> dict[str, list[float]]:
-    """Events a second of each way in each round, by name; in turn, so that all meet the same moods."""
-    rates: dict[str, list[float]] = {"edgewater": [], **{name: [] for name in PLAIN}}
+def compare(scratch: Path, model: Path, lines: Sequence[bytes], rounds: int) -> dict[str, list[Rate]]:
+    """What each way took in each round, by name; in turn, so that all meet the same moods."""
+    rates: dict[str, list[Rate]] = {"edgewater": [], **{name: [] for name in PLAIN}}
     for _ in range(rounds):
         for name, found in rates.items():
             with tempfile.TemporaryDirectory(dir=scratch, prefix="edgewater-bench-") as folder:
@@ -219,17 +245,35 @@ def _quoted(path: Path) -> str:
 # -- the report -------------------------------------------------------------------------------------
 
 
-def report_rates(name: str, rates: dict[str, list[float]]) -> dict[str, float]:
-    """Print a workload's rates. Returns: how many times each plain way's the own rate is."""
-    ours = statistics.median(rates["edgewater"])
-    ratios = {way: ours / statistics.median(rates[way]) for way in PLAIN}
+def report_rates(name: str, rates: dict[str, list[Rate]]) -> dict[str, float]:
+    """Print a workload's rates. Returns: how many times each plain way's the own one is, median of rounds."""
+    ratios = {way: _median_ratio(rates["edgewater"], rates[way], "events_s") for way in PLAIN}
     rows = [
-        (way, round(statistics.median(found)), round(min(found)), round(max(found)), ratios.get(way, 1.0))
+        (
+            way,
+            *(round(pick([run.events_s for run in found])) for pick in (statistics.median, min, max)),
+            ratios.get(way, 1.0),
+            statistics.median([run.cpu_us for run in found]),
+            1 / _median_ratio(rates["edgewater"], found, "cpu_us"),
+        )
         for way, found in rates.items()
     ]
-    columns = ("one core, durable", "events/s, median", "least", "most", "edgewater is x times")
+    columns = (
+        "one core, durable",
+        "events/s",
+        "least",
+        "most",
+        "edgewater x",
+        "CPU us an event",
+        "edgewater x",
+    )
     _report.table(f"{name}: 30 % sent twice", columns, rows)
     return ratios
+
+
+def _median_ratio(own: Sequence[Rate], other: Sequence[Rate], field: str) -> float:
+    ratios = [getattr(a, field) / getattr(b, field) for a, b in zip(own, other, strict=True)]
+    return float(statistics.median(ratios))
 
 
 def report_stages(name: str, found: Sequence[Stage]) -> None:
@@ -273,7 +317,8 @@ def main() -> None:
         passed &= process["peak_mb"] <= TARGETS["memory_mb"]
         passed &= process["idle_percent"] <= TARGETS["idle_percent"]
         figures[name] = {
-            "events_a_second": {way: [round(rate) for rate in rates[way]] for way in rates},
+            "events_a_second": {way: [round(run.events_s) for run in rates[way]] for way in rates},
+            "cpu_us_an_event": {way: [round(run.cpu_us, 2) for run in rates[way]] for way in rates},
             "ratios": {way: round(ratio, 2) for way, ratio in ratios.items()},
             "stages_us": {s.name: [round(1e6 * s.own_s, 3), round(1e6 * s.limit_s, 3)] for s in found},
             "process": {key: round(value, 2) for key, value in process.items()},
