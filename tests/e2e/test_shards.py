@@ -184,6 +184,21 @@ def test_what_a_mover_sends_again_is_recognized(site: Site) -> None:
     assert site.held("shard-2") == Counter(float(n) for n in range(50, 90))
 
 
+def test_a_deadband_goes_on_in_another_shard(site: Site) -> None:
+    """What was last reported there is what the next reading is compared with."""
+    with site.config.open("a") as file:
+        file.write('[[sources]]\nname = "band"\nkind = "files"\npath = "band.jsonl"\ndeadband = 0.5\n')
+    kept = []
+    for processes, ts, value, reported in ((1, 1, 1.0, True), (2, 2, 1.2, False), (2, 3, 2.0, True),
+                                           (1, 4, 2.2, False), (2, 5, 2.3, False), (1, 6, 3.0, True)):  # fmt: skip
+        with site.file("band").open("a") as file:
+            file.write(f'{{"kind":"reading","ts":{ts},"values":{{"v":{value}}}}}\n')
+        site.once(processes)
+        kept += [float(ts)] if reported else []
+        assert site.stored() == Counter(kept)
+    assert site.held("shard-2") == Counter([3.0])
+
+
 def test_a_request_that_is_repeated_after_a_rescale_is_stored_once(
     site: Site, run: Callable[[list[str]], Gateway]
 ) -> None:
