@@ -26,6 +26,9 @@ lower clock is believed: sources whose clocks differ must take no turns in pushi
 while the one that is ahead speaks at least so often, it leads. 24 h: a box that was off for a night comes
 back at once. A longer gap cannot be told from a clock set wrong, so it counts when it proved to last.
 
+Where events bring their own time (plain lines that are replayed) those behind are late, and no clock was set
+back: the two rows of `behind` are left out.
+
 A sparse stream, each event days after the one before, is then stamped one event late and no more: an
 event after a gap shows that the one before was no slip. Gaps of years are only believed after 24 h with an
 event in each, because a clock that is wrong by years (1970, 2038, the 1,024 weeks of GPS) may well step
@@ -48,7 +51,7 @@ _RIGHT = ClockState()
 
 
 def follow(
-    stream_time: float, clock: ClockState, arrivals: Iterable[float]
+    stream_time: float, clock: ClockState, arrivals: Iterable[float], *, events_own: bool = False
 ) -> tuple[list[float], ClockState]:
     """Turn arrivals into stream times; equal for equal sequences, however they are cut into calls.
 
@@ -56,6 +59,8 @@ def follow(
         stream_time: That before them, seconds; 0 where nothing ever arrived.
         clock: The state before them.
         arrivals: Seconds since 1970, in the order in which they came.
+        events_own: Whether these are times that events brought along. Then those behind are late events,
+            however many, and no clock that was set back: they leave stream time where it is.
     Returns: The stream time of each, never decreasing, and the state after them.
     """
     arrivals = [*arrivals]
@@ -63,7 +68,7 @@ def follow(
         return arrivals, clock
     times: list[float] = []
     for arrival in arrivals:
-        stream_time, clock = _step(stream_time, clock, arrival)
+        stream_time, clock = _step(stream_time, clock, arrival, events_own)
         times.append(stream_time)
     return times, clock
 
@@ -73,7 +78,7 @@ def _runs_on(now: float, arrivals: list[float]) -> bool:
     return now <= arrivals[0] and arrivals[-1] - now <= LEAP_S and arrivals == sorted(arrivals)
 
 
-def _step(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockState]:
+def _step(now: float, clock: ClockState, arrival: float, events_own: bool) -> tuple[float, ClockState]:
     """Take one arrival: the table of this module, row by row."""
     if not arrival:
         return now, clock
@@ -83,6 +88,8 @@ def _step(now: float, clock: ClockState, arrival: float) -> tuple[float, ClockSt
         return max(now, arrival), _RIGHT
     step = arrival + clock.offset - now
     if step <= -HOLD_S:
+        if events_own:
+            return now, clock
         return _step_behind(now, clock, arrival)
     if step > LEAP_S:
         return _step_ahead(now, clock, arrival)

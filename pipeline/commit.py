@@ -89,7 +89,8 @@ class CommitStep:
         """
         state = self._ring.state
         self._live |= batch.now > 0
-        arrivals, clock = follow(self._now, self._clock, batch.arrivals)
+        own = bool(batch.lines) and batch.lines[0].origin.timed
+        arrivals, clock = follow(self._now, self._clock, batch.arrivals, events_own=own)
         stream_time = arrivals[-1] if arrivals else self._now
         if batch.now and stream_time:  # a tick does not begin a stream: its clock may not be set yet
             (stream_time,), clock = follow(stream_time, clock, [batch.now])

@@ -107,6 +107,14 @@ def test_a_box_that_was_off_for_days_counts_them_after_a_day() -> None:
     assert longest_step(found[:153]) <= 600.0
 
 
+def test_late_events_that_bring_their_own_time_are_no_clock_that_was_set_back() -> None:
+    """An hour late, in any number: stream time is the latest time that came."""
+    rng = random.Random(18)
+    times = sorted((NOW + 10.0 * n for n in range(1_000)), key=lambda at: at + rng.uniform(0, 3_600))
+    found, clock = follow(0.0, RIGHT, times, events_own=True)
+    assert (found, clock) == (list(itertools.accumulate(times, max)), RIGHT)
+
+
 def test_a_sparse_stream_is_one_event_late_and_no_more() -> None:
     """Events days apart, however far: each is stamped with the time of the one before."""
     rng = random.Random(3)
