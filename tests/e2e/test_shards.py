@@ -188,9 +188,11 @@ def test_a_deadband_goes_on_in_another_shard(site: Site) -> None:
     """What was last reported there is what the next reading is compared with."""
     with site.config.open("a") as file:
         file.write('[[sources]]\nname = "band"\nkind = "files"\npath = "band.jsonl"\ndeadband = 0.5\n')
-    kept = []
-    for processes, ts, value, reported in ((1, 1, 1.0, True), (2, 2, 1.2, False), (2, 3, 2.0, True),
-                                           (1, 4, 2.2, False), (2, 5, 2.3, False), (1, 6, 3.0, True)):  # fmt: skip
+    kept: list[float] = []
+    readings = [  # by how many processes, value, whether it is reported
+        (1, 1.0, True), (2, 1.2, False), (2, 2.0, True), (1, 2.2, False), (2, 2.3, False), (1, 3.0, True),
+    ]  # fmt: skip
+    for ts, (processes, value, reported) in enumerate(readings, 1):
         with site.file("band").open("a") as file:
             file.write(f'{{"kind":"reading","ts":{ts},"values":{{"v":{value}}}}}\n')
         site.once(processes)
