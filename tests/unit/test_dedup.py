@@ -114,6 +114,35 @@ def test_content_is_the_same_at_any_time_and_place_of_a_source() -> None:
     assert stream.keeps(*again, line(kind="exchange", messages=turns[::-1])) == [True, False, True]
 
 
+def test_the_hashes_of_given_events_never_change() -> None:
+    """Rings hold them: with others, what is delivered again across an upgrade would be stored twice."""
+    origin = Origin("site", "mqtt:plant", 7.0, began=3.0)
+    lines = [
+        Line(
+            '{"kind":"reading","source":"pump-1","ts":1763912345.123,'
+            '"values":{"pressure":3.42,"flow":-0.0,"ä":1e300}}'.encode(), -1, origin,
+        ),
+        Line(b'{"kind":"text","ts":"2026-03-01T08:15:00Z","text":"REPLACE"}', -1, origin),
+        Line(b'{"kind":"exchange","ts":5,"messages":[{"role":"user","content":"E42?"}]}', -1, origin),
+        Line(b'{"kind":"feedback","ts":5,"about":"9f2c1e","rating":-1}', -1, origin),
+        Line(b'{"kind":"text","id":"7","text":"x"}', -1, origin),
+        Line(b'{"kind":"text","text":"x"}', -1, origin, "key-1"),
+        Line(b'{"kind":"text","text":"x"}', 12, origin),
+    ]  # fmt: skip
+    found = {mode: Stream(mode, key=b"secret" * 5).feed(*lines).hashes for mode in ("delivery", "content")}
+    assert [digest.hex() for digest in found["delivery"]] == [
+        "d767d2f5f8f9fc88c371beb016a4b8a8", "b446d00e6d31b9d14c729318d43afde4",
+        "b31bb730dd8da27c67412f53090cdeb2", "2c2b1933538fb0b4e38d0e8ecfce3438",
+        "e8f1b10b70e8306bcfd34e6c5f66993e", "f54bdcee215e22ebbdc2318893597772",
+        "538a68266259f70de05f9ac9a3540087",
+    ]  # fmt: skip
+    assert [digest.hex() for digest in found["content"]] == [
+        "e4e23c4b8f5162ac5dee772e516a7d50", "a123ecc364a6a12413299b150096f193",
+        "03567b25abe154f875642be061effdcc", "03c2c9b4056b7240510b26adc919bf8e",
+        "cbd453d8eb3d2424a174b5fa3552d367",
+    ]  # fmt: skip
+
+
 def test_none_keeps_everything() -> None:
     assert Stream("none").keeps(line(id="1"), line(id="1")) == [True, True]
 

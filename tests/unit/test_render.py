@@ -46,10 +46,37 @@ READING = Reading(values={"pressure": 3.4219, "flow": 122.64}, units={"pressure"
         ({"units": {"pressure": ""}}, "pump-1 pressure=3.42 flow=123"),
         ({"digits": 1}, "pump-1 pressure=3bar flow=100"),
         ({"template": "p {pressure}, {absent}, {{{flow}}}."}, "p 3.42bar, ?, {123}."),
+        ({"template": "100% e-{pressure} %s {flow}"}, "100% e-3.42bar %s 123"),
+        ({"units": {"pressure": "%", "flow": "e+"}}, "pump-1 pressure=3.42% flow=123e+"),
     ],
 )
 def test_a_reading_is_written_as_its_source_says(how: dict[str, object], text: str) -> None:
     assert render(READING, **how) == text
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["a", "e", "e-", "100%", "%s"]),
+            st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0, 1013.2, 1e-5]),
+            min_size=1,
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(1, 17),
+)
+def test_readings_are_written_value_by_value(readings: list[dict[str, float]], digits: int) -> None:
+    """However their tags, values and units change from one to the next: what is kept of a form fits it."""
+    written = ReadingText("site-e", template="", tags=(), units={"e": "e+"}, digits=digits)
+    for n, values in enumerate(readings):
+        units = {"a": "°C"} if n % 2 else {}
+        event = Reading(values=values, units=units)
+        pairs = [
+            f"{tag}={format_value(value, digits)}{'e+' if tag == 'e' else units.get(tag, '')}"
+            for tag, value in values.items()
+        ]
+        assert written(event) == " ".join(["site-e", *pairs])
 
 
 @pytest.mark.parametrize("template", ["{", "}", "{}", "{a:.3f}", "{a!r}", "{a", "{:x}"])

@@ -113,6 +113,45 @@ def test_ticks_find_the_edges_that_the_samples_would(
     assert window == quiet
 
 
+def one_by_one(
+    trigger: ThresholdTrigger, window: OpenWindow, tokens: list[int], arrivals: list[float]
+) -> tuple[OpenWindow, list[tuple[int, int, int, float, str]]]:
+    """The definition: each sample is looked at alone. Returns: the window, and the closed ones' figures."""
+    closed: list[tuple[int, int, int, float, str]] = []
+
+    def close(at: float, reason: str) -> OpenWindow:
+        last = window.first_seq + window.samples - 1
+        closed.append((window.first_seq, last, window.tokens, at, reason))
+        return OpenWindow(window.window + 1, last + 1)
+
+    for i, (count, arrival) in enumerate(zip(tokens, arrivals, strict=True)):
+        if trigger.aged(window, arrival):
+            window = close(arrival, "age")
+        first = window.first_arrival if window.samples else arrival
+        start = window.first_seq if window.samples else i
+        window = OpenWindow(window.window, start, window.samples + 1, window.tokens + count, first)
+        if reason := trigger.full(window):
+            window = close(arrival, reason)
+    return window, closed
+
+
+@given(
+    st.builds(
+        ThresholdTrigger, st.integers(1, 60), st.integers(1, 200), st.sampled_from([0.0, 0.1, 5.0, 40.0])
+    ),
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0.0, 0.1, 0.3, 7.0])), max_size=150),
+)
+def test_windows_end_where_looking_at_each_sample_would_end_them(
+    trigger: ThresholdTrigger, steps: list[tuple[int, float]]
+) -> None:
+    tokens = [count for count, _ in steps]
+    arrivals = [*itertools.accumulate((step for _, step in steps), initial=1.7e9)][1:]
+    window, closed = walk(trigger, OpenWindow(), 0, tokens, arrivals)
+    expected_window, expected = one_by_one(trigger, OpenWindow(), tokens, arrivals)
+    assert window == expected_window
+    assert [(w.first_seq, w.last_seq, w.tokens, w.closed_at, w.reason) for w in closed] == expected
+
+
 @given(TRIGGERS, SAMPLES)
 def test_every_sample_is_in_exactly_one_window(
     trigger: ThresholdTrigger, steps: list[tuple[int, float]]
