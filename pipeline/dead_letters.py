@@ -29,7 +29,8 @@ from storage.ring import Ring
 from storage.windows import DeadLetter
 
 __all__ = [
-    "NAME", "LetterDesk", "LetterOutcome", "LetterRun", "RefusalLog", "allowed_sources", "with_letters", "why_not",
+    "NAME", "LetterDesk", "LetterOutcome", "LetterRun", "RefusalLog", "allowed_sources", "why_not",
+    "with_letters",
 ]  # fmt: skip
 
 NAME = "dlq:letters"  # of the connector
