@@ -59,7 +59,7 @@ def time_stages(folder: Path, model: Path, lines: Sequence[bytes]) -> list[Stage
         run.close()
     own, least, n = run.own, run.least, len(lines)
     # A step is timed as a whole, its parts once more alone: what is left of it is the rest.
-    own["columns"] = own.pop("tokenize step") - own["render"] - own["tokenize"]
+    own["columns"] = max(0, own.pop("tokenize step") - own["render"] - own["tokenize"])
     own["commit"] = own.pop("commit step") - own["encode block"] - own["ring digest"]
     return [Stage(name, limit, own[name] / n, least[name] / n) for name, limit in LIMITS.items()]
 
