@@ -9,7 +9,9 @@ import subprocess
 import time
 from pathlib import Path
 
-__all__ = ["Mosquitto", "free_port"]
+import paho.mqtt.client as paho
+
+__all__ = ["Mosquitto", "Publisher", "free_port"]
 
 READY_S = 10.0
 
@@ -100,3 +102,27 @@ class Mosquitto:
             process.send_signal(number)
             process.send_signal(signal.SIGCONT)
             process.wait(timeout=READY_S)
+
+
+class Publisher:
+    """A client that is not ours; what it published the broker has, when `publish` returns."""
+
+    def __init__(self, port: int, **login: str) -> None:
+        self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv311)
+        if login:
+            self._client.username_pw_set(login["username"], login["password"])
+        self._client.connect("127.0.0.1", port, keepalive=600)
+        self._client.loop_start()
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Publish at QoS 1."""
+        self._client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(READY_S)
+
+    def send(self, topic: str, payload: bytes) -> None:
+        """Publish at QoS 1, without waiting."""
+        self._client.publish(topic, payload, qos=1)
+
+    def close(self) -> None:
+        """Leave."""
+        self._client.disconnect()
+        self._client.loop_stop()

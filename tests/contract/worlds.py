@@ -91,5 +91,7 @@ WORLDS: list[WorldKind] = [
         takes_raw=False,
     ),
     WorldKind("http", "world_http", resumes=False, networked=False),
+    WorldKind("mqtt", "world_mqtt", needs=("mosquitto",)),
     WorldKind("modbus", "world_modbus", resumes=False, takes_raw=False),
+    WorldKind("opcua", "world_opcua", resumes=False, takes_raw=False),
 ]

@@ -1,0 +1,352 @@
+"""An MQTT broker: a kept session at QoS 1, each message acknowledged when its commit is durable.
+
+One thread reads, converts, hands over and acknowledges. It never waits for the inbox with its socket
+unattended: while there is no room it stops reading (the broker keeps what it has), but goes on to acknowledge
+and to show that it lives.
+
+| seen | done |
+|---|---|
+| the connection broke, or the broker was silent for `keepalive` | connect again, with backoff |
+| the broker kept no session, and we had one | subscribe anew, count `sessions_lost` and `missed_s` |
+| DUP set, and the message is in a commit or on its way to one | acknowledged, counted `redelivered` |
+| as many unacknowledged as ever, at least `in_flight` | the Batch closes now: the broker may be waiting |
+| a topic that no rule lists, `$SYS`, a retained message | acknowledged in its turn, counted, dropped |
+| a message longer than an event may be | its head is read, the rest passed over: a dead letter |
+
+What is exactly once, and why, stands in `mqtt_session`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import platform
+import time
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from pipeline.events import MAX_EVENT_BYTES, Line, Origin
+from pipeline.source_settings import MqttSource
+from pipeline.sources.inbox import Backoff, Chunk, Inbox, ReaderThread, Settled
+from pipeline.sources.mqtt_client import Connection, Login, Stopped, Tls, Waker
+from pipeline.sources.mqtt_packets import (
+    REFUSED,
+    ConnAck,
+    MqttError,
+    Packet,
+    PingResp,
+    Publish,
+    SubAck,
+    Subscription,
+    Version,
+    puback,
+    publish,
+    reason_text,
+    subscribe,
+)
+from pipeline.sources.mqtt_session import REDELIVERY_S, Deliveries, Run
+from pipeline.sources.mqtt_settings import broker_address
+from pipeline.sources.mqtt_topics import Route, TopicMap
+from pipeline.sources.sparkplug import NAMESPACE, SparkplugHost, rebirth_request
+
+__all__ = ["MqttConnector", "login_of"]
+
+LIMIT_BYTES = MAX_EVENT_BYTES + (64 << 10)  # a packet: an event, its topic and properties
+CHUNK_BYTES = 32 << 10  # a chunk is closed here: see pipeline/batching.py, which counts on it
+CHUNK_LINES = 512
+OFFER_S = 0.02  # how often a full inbox is tried again
+GATHER_S = 0.005  # after a message, so that those behind it share its chunk
+IDLE_S = 5.0
+HELD_S = 5.0  # a connection that stood so long begins the backoff anew
+REBIRTH_S = 60.0
+SUBSCRIBE_ID = 1
+log = logging.getLogger("edgewater.sources")
+
+
+class MqttConnector:
+    """Subscribes to a broker.
+
+    Args:
+        source: Name of the configured source.
+        settings: Its table.
+    """
+
+    def __init__(self, source: str, settings: MqttSource) -> None:
+        self.name = f"mqtt:{source}"
+        self._source = source
+        self._settings = settings
+        self._login = login_of(source, settings)
+        self._thread = ReaderThread()
+        self._waker: Waker | None = None
+        self._settled: deque[Run] = deque()  # committed, for the thread to acknowledge
+        self._waiting: deque[Chunk] = deque()  # for room in the inbox
+
+    def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
+        """Connect, in a thread of its own; `positions` tell what of the session is committed."""
+        self._state = inbox.state(self)
+        self._waker = Waker(self._thread.stopping)
+        login = self._login
+        identity = f"{login.host}:{login.port}/{login.client_id}"
+        self._deliveries = Deliveries(identity, positions.get(self.name, b""))
+        self._sparkplug = SparkplugHost(self.name, self._state.count)
+        self._sparkplug.restore(positions)
+        self._topics = TopicMap(self._source, self._settings.topics, self._sparkplug, self._state.count)
+        self._peak = 0
+        self._connected_at = self._lost_at = 0.0
+        self._births_asked: dict[tuple[str, str], float] = {}
+        self._thread.start(self, inbox, partial(self._run, inbox, self._waker))
+
+    def acknowledge(self, settled: list[Settled]) -> None:
+        """Let the thread acknowledge what is committed."""
+        self._settled.extend(cast("Run", one.receipt) for one in settled)
+        if self._waker is not None:
+            self._waker.wake()
+
+    def stop(self) -> None:
+        """Stop reading; what is committed is still acknowledged."""
+        self._thread.stopping.set()
+        if self._waker is not None:
+            self._waker.wake()
+        self._thread.stop()
+
+    def _run(self, inbox: Inbox, waker: Waker) -> None:
+        backoff = Backoff()
+        try:
+            while not waker.stopping.is_set():
+                connection = Connection(self._login, waker)
+                try:
+                    self._serve(connection, inbox)
+                except (OSError, MqttError) as error:
+                    self._note_lost(str(error) or type(error).__name__)
+                finally:
+                    with contextlib.suppress(OSError, MqttError):
+                        self._acknowledge(connection)
+                    connection.close()
+                if self._connected_at and time.monotonic() - self._connected_at >= HELD_S:
+                    backoff.reset()
+                self._connected_at = 0.0
+                waker.sleep(backoff.next_s())
+        except Stopped:
+            pass
+        finally:
+            waker.close()
+
+    def _serve(self, connection: Connection, inbox: Inbox) -> None:
+        """Read from one connection until it ends, by OSError, MqttError or Stopped."""
+        self._log_in(connection.open())
+        connection.send(subscribe(self._login.version, SUBSCRIBE_ID, self._subscriptions()))
+        began, gathering = time.monotonic(), False
+        while True:
+            self._acknowledge(connection)
+            self._offer(inbox)
+            if self._waiting:
+                connection.wait(reading=False, seconds=OFFER_S)
+                continue
+            packets = connection.receive()
+            if packets:
+                self._take(packets, connection)
+                gathering = True
+            elif packets is None and gathering:
+                time.sleep(GATHER_S)
+                gathering = False
+            elif packets is None:
+                if began and time.monotonic() - began > REDELIVERY_S:
+                    self._deliveries.forget_old()
+                    began = 0.0
+                connection.wait(reading=True, seconds=IDLE_S)
+
+    def _log_in(self, answer: ConnAck) -> None:
+        lost = self._deliveries.connected(answer.session_present)
+        if lost:
+            self._state.count("sessions_lost")
+            away = round(time.monotonic() - self._lost_at) if self._lost_at else 0
+            self._state.count("missed_s", away)
+            log.warning(
+                "%s: the broker kept no session: what was published in the last %d s is missing",
+                self.name,
+                away,
+            )
+        if not answer.session_present:  # from now on its loss is noticed, also after a restart
+            self._waiting.append(Chunk(self, [], {self.name: self._deliveries.row()}))
+        self._session = "after its session was lost" if lost else "with its session"
+
+    def _subscribed(self, answer: SubAck) -> None:
+        """The broker answered our SUBSCRIBE: now we are connected."""
+        named = zip(self._settings.topics, answer.reasons, strict=False)
+        refused = [f'"{topic}"' for topic, reason in named if reason >= REFUSED]
+        login = self._login
+        where = f"{login.host}:{login.port} {self._session}"
+        if refused:
+            why = reason_text(5, max(answer.reasons)) if login.version == 5 else "the broker does not say why"
+            where += f"; it refuses {', '.join(refused)[:200]}: {why}"
+            log.warning("%s: connected to %s", self.name, where)
+        elif 0 in answer.reasons:
+            where += "; it grants QoS 0 only: what is published while we are away is lost"
+            log.warning("%s: connected to %s", self.name, where)
+        else:
+            log.info("%s: connected to %s", self.name, where)
+        if self._lost_at or self._state.counts.get("reconnects"):
+            self._state.count("reconnects")
+        self._connected_at, self._lost_at = time.monotonic(), 0.0
+        self._state.detail, self._state.connected = where, True
+
+    def _note_lost(self, why: str) -> None:
+        if self._state.connected is not False or self._state.detail != why:
+            log.warning("%s: %s:%d: %s", self.name, self._login.host, self._login.port, why)
+        if self._connected_at:
+            self._lost_at = time.monotonic()
+        self._state.detail, self._state.connected = why, False
+
+    def _subscriptions(self) -> list[Subscription]:
+        handling = 2 if self._settings.retained == "ignore" else 1
+        return [Subscription(topic, handling) for topic in self._settings.topics]
+
+    def _acknowledge(self, connection: Connection) -> None:
+        """Send the PUBACKs that are due, and ask the broker whether it has those before."""
+        while self._settled:
+            self._deliveries.settled(self._settled.popleft())
+        if due := self._deliveries.acknowledge():
+            connection.send(puback(due))
+        if not connection.asking and self._deliveries.ask():
+            connection.ask()
+
+    def _offer(self, inbox: Inbox) -> None:
+        while self._waiting and inbox.offer(self._waiting[0]):
+            self._waiting.popleft()
+        if inbox.closed.is_set():
+            raise Stopped
+
+    def _take(self, packets: list[Packet], connection: Connection) -> None:
+        opened = _Opened(self, self._deliveries.begin())
+        for packet in packets:
+            match packet:
+                case Publish():
+                    self._message(packet, opened)
+                    if opened.full:
+                        self._close(opened)
+                        opened = _Opened(self, self._deliveries.begin())
+                case SubAck() if packet.packet_id == SUBSCRIBE_ID:
+                    self._subscribed(packet)
+                case PingResp():
+                    self._deliveries.answered()
+        self._close(opened)
+        if self._sparkplug.wanted:
+            self._ask_births(connection)
+
+    def _message(self, message: Publish, opened: _Opened) -> None:
+        if message.retain and self._settings.retained == "ignore":
+            route, what = None, "retained_ignored"
+        else:
+            route, what = self._topics.route(message.topic), "unlisted"
+        if route is None:
+            self._state.count(what)
+            self._deliveries.pass_over(message, opened.run)
+        elif not self._deliveries.take(message, opened.run):
+            self._state.count("redelivered")
+        elif message.oversize:
+            why = f"a message of {message.oversize} bytes; an event has at most {MAX_EVENT_BYTES}"
+            opened.add(route, message.topic[:256], why)
+        elif route.refused:
+            opened.add(route, message.payload, route.refused)
+        elif route.convert is None:
+            opened.add(route, message.payload)
+        else:
+            for data, refused in route.convert(message.payload):
+                opened.add(route, data, refused)
+
+    def _close(self, opened: _Opened) -> None:
+        """Hand over the lines of a chunk, with what the commit must keep of the session."""
+        rows = self._sparkplug.rows()
+        if not opened.lines and not rows:
+            self._deliveries.release(opened.run)
+            return
+        self._deliveries.close(opened.run)
+        if opened.run.acks:
+            rows[self.name] = self._deliveries.row()
+        self._waiting.append(Chunk(self, opened.lines, rows, opened.run, urgent=self._exhausted()))
+
+    def _exhausted(self) -> bool:
+        """Whether the broker may be waiting for acknowledgements.
+
+        No broker tells how many messages it sends ahead of them. So a number that was never passed is taken
+        for its limit, from `in_flight` on; while it is passed the limit is not reached.
+        """
+        count = self._deliveries.unacknowledged
+        record = count >= self._peak
+        if count > self._peak:
+            self._peak = self._state.counts["in_flight_peak"] = count
+        return record and count >= self._settings.in_flight
+
+    def _ask_births(self, connection: Connection) -> None:
+        now = time.monotonic()
+        for node in self._sparkplug.wanted if self._settings.rebirth else ():
+            if now - self._births_asked.get(node, -REBIRTH_S) >= REBIRTH_S:
+                self._births_asked[node] = now
+                self._state.count("rebirths_asked")
+                group, edge = node
+                payload = rebirth_request(int(time.time() * 1_000))
+                connection.send(publish(self._login.version, f"{NAMESPACE}/{group}/NCMD/{edge}", payload))
+        self._sparkplug.wanted.clear()
+
+
+class _Opened:
+    """A chunk that is being filled."""
+
+    def __init__(self, connector: MqttConnector, run: Run) -> None:
+        self.run = run
+        self.lines: list[Line] = []
+        self._connector = connector
+        self._bytes = 0
+        self._arrival = time.time()
+        self._route: Route | None = None
+        self._origins: dict[tuple[str, frozenset[str] | None], Origin] = {}
+
+    @property
+    def full(self) -> bool:
+        return self._bytes >= CHUNK_BYTES or len(self.lines) >= CHUNK_LINES
+
+    def add(self, route: Route, data: bytes, refused: str = "") -> None:
+        if route is not self._route:
+            self._route = route
+            self._origin = self._origin_of(route)
+        self.lines.append(Line(data, -1, self._origin, refused=refused))
+        self._bytes += len(data)
+
+    def _origin_of(self, route: Route) -> Origin:
+        origin = self._origins.get((route.source, route.allowed))
+        if origin is None:
+            origin = Origin(route.source, self._connector.name, self._arrival, allowed=route.allowed)
+            self._origins[route.source, route.allowed] = origin
+        return origin
+
+
+def login_of(source: str, settings: MqttSource) -> Login:
+    """How a source logs in at its broker."""
+    host, port, secure = broker_address(settings.url)
+    version: Version = 5 if settings.version == "5" else 4
+    return Login(
+        host=host,
+        port=port,
+        client_id=settings.client_id or _default_client_id(source),
+        version=version,
+        username=settings.username,
+        password=settings.password,
+        tls=Tls(settings.ca_file, settings.cert_file, settings.key_file) if secure else None,
+        keepalive_s=round(settings.keepalive),
+        session_expiry_s=round(settings.session_expiry),
+        limit_bytes=LIMIT_BYTES,
+    )
+
+
+def _default_client_id(source: str) -> str:
+    """The same at each start, another on each machine; the machine's id itself stays secret."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine = ""
+    digest = hashlib.blake2b((machine or platform.node()).encode(), digest_size=4, person=b"edgewater")
+    return f"edgewater-{source}-{digest.hexdigest()}"
