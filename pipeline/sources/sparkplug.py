@@ -6,7 +6,7 @@ its devices. What the host knows of a node:
 
 | message | node unknown | node born |
 |---|---|---|
-| NBIRTH | born: aliases kept, seq taken | born anew: devices forgotten; the same birth again changes nothing |
+| NBIRTH | born: aliases kept, seq taken | born anew, without devices; the same once more: no change |
 | DBIRTH | unborn: rebirth asked, values taken | seq followed, the device's aliases kept |
 | NDATA, DDATA | unborn: rebirth asked; only named values taken | seq followed, values taken |
 | DDEATH | unborn: rebirth asked | seq followed, the device forgotten |
@@ -89,6 +89,11 @@ class _Table(msgspec.Struct):
     names: dict[str, _Known] = {}
     aliases: dict[int, _Known] = {}
 
+    @property
+    def size(self) -> int:
+        """What it counts towards the limits; nothing is had for nothing."""
+        return max(len(self.names), len(self.aliases)) + 1
+
     def find(self, metric: wire.Metric) -> _Known | None:
         """What is known of a metric; one with a name is known by that alone."""
         if metric.name:
@@ -105,17 +110,15 @@ class _Node(msgspec.Struct):
         heard_s: When that came, seconds of the host's clock.
         times: seq -> timestamp of the last message that had it.
         tables: Device -> its metrics, "" for the node's own.
+        size: Of all tables.
     """
 
     birth: tuple[int | None, int]
     seq: int
     heard_s: float
     times: array[int]
-    tables: dict[str, _Table]
-
-    @property
-    def size(self) -> int:
-        return sum(max(len(table.names), len(table.aliases)) + 1 for table in self.tables.values())
+    tables: dict[str, _Table] = {}
+    size: int = 0
 
 
 class SparkplugHost:
@@ -139,10 +142,11 @@ class SparkplugHost:
         self._rebirth = rebirth
         self._clock = clock
         self._nodes: dict[tuple[str, str], _Node] = {}
+        self._size = 0
         self._asked_s: dict[tuple[str, str], float] = {}
 
     def take(self, node: SparkplugTopic, payload: bytes) -> Converted:
-        """Make readings of a message, each as (JSON, ""), or give it back with the reason it is refused for."""
+        """Make readings of a message, each as (JSON, ""), or give it back with the reason against it."""
         try:
             message = wire.read_payload(payload)
         except wire.WireError as error:
@@ -158,7 +162,7 @@ class SparkplugHost:
         if node.kind == "NBIRTH":
             known, again = self._begin(key, known, message)
             if known is None:
-                return [(payload, f"{MAX_NODES:,} nodes or {MAX_HOST_METRICS:,} metrics are known already")]
+                return [(payload, f"{MAX_NODES:,} nodes are known already: subscribe to fewer")]
         elif known is None:
             self._count("unborn", 1)
             self._ask(key)
@@ -166,11 +170,11 @@ class SparkplugHost:
             again = self._follow(key, known, message)
         if node.kind == "DDEATH":
             if known and not again:
-                known.tables.pop(node.device, None)
+                self._drop(known, node.device)
             return []
         if node.kind.endswith("BIRTH"):
             table = _read_birth(message.metrics)
-            if known and not again and (fault := self._keep(known, node.device, table)):
+            if known and (fault := self._keep(known, node.device, table)):
                 return [(payload, fault)]
         else:
             table = (known and known.tables.get(node.device)) or _Table()
@@ -185,10 +189,11 @@ class SparkplugHost:
             return known, True
         if known is None and not self._make_room():
             return None, False
+        self._forget(key)
         times = array("Q", bytes(8 * 256))
         seq = message.seq or 0
         times[seq] = message.timestamp
-        node = self._nodes[key] = _Node(birth, seq, self._clock(), times, {})
+        node = self._nodes[key] = _Node(birth, seq, self._clock(), times)
         return node, False
 
     def _make_room(self) -> bool:
@@ -198,20 +203,31 @@ class SparkplugHost:
         oldest = min(self._nodes, key=lambda key: self._nodes[key].heard_s)
         if self._clock() - self._nodes[oldest].heard_s < SILENT_S:
             return False
-        del self._nodes[oldest]
+        self._forget(oldest)
         return True
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        if node := self._nodes.pop(key, None):
+            self._size -= node.size
+
+    def _drop(self, node: _Node, device: str) -> None:
+        if table := node.tables.pop(device, None):
+            node.size -= table.size
+            self._size -= table.size
 
     def _keep(self, node: _Node, device: str, table: _Table) -> str:
         """Keep the metrics of a birth; say why not if there are too many."""
+        self._drop(node, device)
+        if node.size + table.size > MAX_NODE_METRICS:
+            return (
+                f"the node and its devices have {MAX_NODE_METRICS:,} metrics or more: let them publish fewer"
+            )
+        if self._size + table.size > MAX_HOST_METRICS:
+            return f"the nodes have {MAX_HOST_METRICS:,} metrics or more: subscribe to fewer"
         node.tables[device] = table
-        if node.size > MAX_NODE_METRICS:
-            fault = f"the node and its devices have more than {MAX_NODE_METRICS:,} metrics"
-        elif sum(each.size for each in self._nodes.values()) > MAX_HOST_METRICS:
-            fault = f"the nodes have more than {MAX_HOST_METRICS:,} metrics"
-        else:
-            return ""
-        del node.tables[device]
-        return f"{fault}: subscribe to fewer, or let them publish fewer"
+        node.size += table.size
+        self._size += table.size
+        return ""
 
     def _follow(self, key: tuple[str, str], node: _Node, message: wire.Payload) -> bool:
         """Follow a node's seq; tells whether this message came before.
@@ -244,7 +260,7 @@ class SparkplugHost:
         if None not in (of, node.birth[0]) and of != node.birth[0]:
             self._count("stale_deaths", 1)
         else:
-            del self._nodes[key]
+            self._forget(key)
 
     def _ask(self, key: tuple[str, str]) -> None:
         """Ask for a rebirth, at most once a minute a node and of MAX_NODES nodes a minute."""
@@ -289,8 +305,8 @@ class SparkplugHost:
         if unknown:
             self._count("unknown_aliases", unknown)
             self._ask((node.group, node.edge))
-            if not events:
-                return [(payload, self._reason(node))]
+        if not events and (unknown or (ignored and (node.group, node.edge) not in self._nodes)):
+            return [(payload, self._reason(node))]
         if len(events) > MAX_READINGS:
             return [
                 (payload, f"it makes more than {MAX_READINGS:,} readings: send fewer times in one message")
@@ -376,9 +392,6 @@ def _signed(value: int, bits: int, width: int) -> float | None:
 
 def _cut(values: dict[str, float]) -> Iterable[dict[str, float]]:
     """Parts of which each fits in an event; none of nothing."""
-    if 0 < len(values) <= MAX_TAGS:
-        yield values
-        return
     items = iter(values.items())
     while part := dict(islice(items, MAX_TAGS)):
         yield part

@@ -90,6 +90,9 @@ def read_payload(data: bytes) -> Payload:
     inner = _read_payload(_inflate(payload.body))
     if inner.uuid == COMPRESSED:
         raise WireError("compressed twice")
+    # Encoders leave these at one level or the other.
+    inner.seq = payload.seq if inner.seq is None else inner.seq
+    inner.timestamp = inner.timestamp or payload.timestamp
     return inner
 
 
