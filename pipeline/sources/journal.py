@@ -1,12 +1,17 @@
+# Note of the lead for both engineers of files and journal: read /tmp/w/i4/NOTE_FILES.md, then delete this line.
 """The systemd journal, followed through journalctl; where there is none, it is looked for again and again.
 
     journalctl                        then
     is missing, or cannot be started  not connected; tried again after a growing wait
-    finds no journal, or ends         not connected, with what it said; tried again
+    would find no journal             the same: it would wait, and not see one that comes later
+    ends                              not connected, with what it said; tried again
     prints an entry                   an event; its cursor is committed with it, in one transaction
     begins behind another entry than  the cursor's was vacuumed meanwhile: counted as a gap
     the committed one
     does not know the cursor          the same, and it begins as at the first start
+    has no entry at the first start   the time is committed instead of a cursor
+    follows folders that are others   it is started again, after a journal became persistent or was moved
+    by now
 
 That is stronger than `--cursor-file`, which is written before anybody has stored the entries.
 """
@@ -16,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -23,6 +29,7 @@ import string
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -40,8 +47,12 @@ MAX_COMPLAINT_BYTES = 4_096
 POLL_S = 0.2
 CALM_S = 1.0  # without a complaint for so long after the start it is connected
 ALWAYS = ("MESSAGE", "_SYSTEMD_UNIT")
+FOLDERS = ("/var/log/journal", "/run/log/journal")
+Folders = dict[str, tuple[int, int]]  # those that exist, with device and inode
+SINCE = "@"  # begins a time in the place of a cursor
 _NO_JOURNAL = "No journal files were"
 _NO_CURSOR = "Failed to seek to cursor"
+_is_field = re.compile(r"[A-Z_][A-Z0-9_]*").fullmatch
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 log = logging.getLogger("edgewater.journal")
 
@@ -99,11 +110,14 @@ class JournalConnector:
         program = shutil.which(self._program)
         if program is None:
             return f"{self._program} is not installed"
+        folders = self.folders()
+        if not folders:
+            return f"there is no journal in {self._settings.directory or ' or '.join(FOLDERS)}"
         try:
             if not self._cursor and self._settings.since == "now":
                 self._mark_now(program)
             with _running([program, *self._arguments()]) as process:
-                why = _Following(self, process).run(backoff)
+                why = _Following(self, process, folders).run(backoff)
         except (OSError, subprocess.SubprocessError) as error:
             return f"{program} cannot be run: {error}"
         if _NO_CURSOR in why:
@@ -113,34 +127,37 @@ class JournalConnector:
 
     def _mark_now(self, program: str) -> None:
         """Commit the present end, so that nothing after it is lost, also if we are killed before it comes."""
+        now = f"{SINCE}{time.time():.6f}"
         command = [program, *self._filters(), "--lines=1", "--quiet"]
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=1, check=False, env=_environment()
         )
         entry = _entry(done.stdout.strip())
-        if entry is not None and (cursor := entry.get("__CURSOR")):
-            self._cursor = str(cursor)
-            self.put([], self._cursor)
+        self._cursor = str(entry["__CURSOR"]) if entry and "__CURSOR" in entry else now
+        self.put([], self._cursor)
 
     def _arguments(self) -> Iterator[str]:
         yield from self._filters()
         yield from ("--follow", "--no-tail")  # not only the last ten of what came meanwhile
-        # --follow alone would leave out what was written before a reboot.
-        yield "--boot=0" if not self._cursor and self._settings.since == "boot" else "--boot=all"
-        if self._cursor:
+        if self._cursor.startswith(SINCE):
+            yield f"--since={self._cursor}"
+        elif self._cursor:
             # Not --after-cursor: that the entry itself comes first shows that none is missing.
             yield f"--cursor={self._cursor}"
-        elif self._settings.since == "now":  # the journal is empty as yet
-            yield f"--since=@{int(time.time())}"
+        elif self._settings.since == "boot":
+            yield f"_BOOT_ID={_read_id('/proc/sys/kernel/random/boot_id')}"
 
     def _filters(self) -> Iterator[str]:
         settings = self._settings
-        yield from ("--output=json", "--all", "--no-pager")
+        # --follow without --merge would leave out what was written before a reboot.
+        yield from ("--output=json", "--all", "--no-pager", "--merge")
         fields = dict.fromkeys((*ALWAYS, *self._fields))
         yield f"--output-fields={','.join(fields)}"
         yield f"--priority={settings.priority}"
         if settings.directory:
             yield f"--directory={settings.directory}"
+        else:  # nor that of containers and remote machines, which --merge adds
+            yield f"_MACHINE_ID={_read_id('/etc/machine-id')}"
         yield from (f"--unit={unit}" for unit in settings.units)
         yield from (f"--identifier={identifier}" for identifier in settings.identifiers)
 
@@ -150,6 +167,15 @@ class JournalConnector:
     def stopping(self) -> bool:
         """Whether reading must end."""
         return self._stop.is_set()
+
+    def folders(self) -> Folders:
+        """The folders that journalctl looks into, as far as they exist."""
+        found: Folders = {}
+        for folder in [self._settings.directory] if self._settings.directory else FOLDERS:
+            with contextlib.suppress(OSError):
+                info = Path(folder).stat()
+                found[folder] = (info.st_dev, info.st_ino)
+        return found
 
     def connected(self, hint: str) -> None:
         """Entries come, or would come."""
@@ -173,7 +199,7 @@ class JournalConnector:
 
     def resumed(self, raw: list[bytes]) -> list[bytes]:
         """Take the entry of the committed cursor off the first ones; count a gap where it is not there."""
-        if not self._cursor or not raw:
+        if not self._cursor or self._cursor.startswith(SINCE) or not raw:
             return raw
         first = _entry(raw[0])
         if first is not None and first.get("__CURSOR") == self._cursor:
@@ -210,9 +236,12 @@ class JournalConnector:
 class _Following:
     """One run of journalctl, read until it ends, complains or must stop."""
 
-    def __init__(self, connector: JournalConnector, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, connector: JournalConnector, process: subprocess.Popen[bytes], folders: Folders
+    ) -> None:
         self._connector = connector
         self._process = process
+        self._folders = folders
         self._splitter = LineSplitter(max_bytes=MAX_ENTRY_BYTES)
         self._said = b""
         self._first = True
@@ -235,19 +264,26 @@ class _Following:
                     elif key.fd == err:
                         self._said = (self._said + data)[:MAX_COMPLAINT_BYTES]
                     else:
-                        self._take(data)
+                        self._take(data, backoff)
                 if _NO_JOURNAL.encode() in self._said:
                     return "there is no journal, or none that may be read here"
                 if not selector.get_map():
                     return self._last_words()
-                if not self._calm and (not self._first or time.monotonic() - started > CALM_S):
-                    self._calm = True
-                    backoff.reset()
-                    self._connector.connected(self._hint())
+                if self._connector.folders() != self._folders:
+                    return "the journal is in another place now, or gone"
+                if not self._calm and time.monotonic() - started > CALM_S:
+                    self._now_calm(backoff)
         return "stopped"
 
-    def _take(self, data: bytes) -> None:
+    def _now_calm(self, backoff: Backoff) -> None:
+        self._calm = True
+        backoff.reset()
+        self._connector.connected(self._hint())
+
+    def _take(self, data: bytes, backoff: Backoff) -> None:
         entries = [line for _, line in self._splitter.feed(data)]
+        if entries and not self._calm:
+            self._now_calm(backoff)
         if entries and self._first:
             self._first = False
             entries = self._connector.resumed(entries)
@@ -288,6 +324,11 @@ def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
                 os.killpg(process.pid, signal.SIGKILL)  # it holds nothing that could be lost
 
 
+def _read_id(path: str) -> str:
+    """An id of systemd: 32 hex digits. Raises: OSError."""
+    return Path(path).read_text("ascii").strip().replace("-", "")
+
+
 def _environment() -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0"}
 
@@ -301,7 +342,7 @@ def template_fields(template: str) -> list[str]:
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
-        if spec or conversion or not name or not name.replace("_", "A").isalnum() or name != name.upper():
+        if spec or conversion or not _is_field(name):
             raise ValueError("between braces stands the name of a field, as in {MESSAGE}")
         fields.append(name)
     if not fields:
