@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from pipeline.commands import looking, loop, ring, setup, versions
+from pipeline.commands import dlq, looking, loop, ring, setup, versions
 from pipeline.commands.common import DONE, FAILED, REFUSED, USAGE, fail
 
 __all__ = ["cli", "main"]
@@ -19,7 +19,7 @@ __all__ = ["cli", "main"]
 VERBOSE = "EDGEWATER_VERBOSE"
 VERBS: tuple[click.Command, ...] = (
     loop.demo, loop.run, loop.ingest, loop.train, loop.replay, loop.capture, loop.update,
-    looking.status, looking.doctor, looking.score,
+    looking.status, looking.tap, looking.doctor, looking.score, dlq.dlq,
     ring.ring, versions.versions,
     setup.init, setup.config_group, setup.model,
 )  # fmt: skip

@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import socket
 import struct
 import threading
@@ -308,10 +309,9 @@ def _send(client: socket.socket, answer: Mapping[str, Any]) -> None:
 
 def _left(client: socket.socket) -> bool:
     """Whether the other end is closed."""
-    try:
-        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
+    readable = select.poll()  # asked first: a socket with a timeout waits in recv, whatever the flags
+    readable.register(client, select.POLLIN)
+    return bool(readable.poll(0)) and client.recv(1, socket.MSG_PEEK) == b""
 
 
 def _uid_of(client: socket.socket) -> int:

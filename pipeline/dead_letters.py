@@ -82,14 +82,23 @@ def why_not(letter: DeadLetter) -> str:
 
 
 def allowed_sources(config: Config) -> Allowed:
-    """Which sources an event of a source may name besides it, as its connector would say: None for any."""
+    """Which sources an event of a source may name besides it, None for any.
+
+    A letter does not say by which topic it came: of the rules of an MQTT source the strictest holds.
+    """
     found: dict[str, frozenset[str] | None] = {}
+    rules: list[tuple[str, ...]] = []
     for source in config.sources:
-        table = getattr(source, source.kind, None)
-        names = getattr(table, "sources", None)
-        found[source.name] = None if names is None else frozenset(names)
-    # A source that is gone may have been one that allowed nothing.
-    return lambda source: found.get(source, frozenset())
+        found[source.name] = None
+        if source.http is not None:
+            found[source.name] = _allowed([source.http.sources])
+        if source.mqtt is not None:
+            topics = [topic.sources for topic in source.mqtt.topics.values()]
+            found[source.name] = _allowed(topics)
+            rules += topics
+    # One that the configuration does not name was made by a topic, or is gone and may have allowed nothing.
+    unnamed = _allowed(rules) if rules else frozenset()
+    return lambda source: found.get(source, unnamed)
 
 
 def with_letters(batch: Batch) -> Batch:
@@ -337,6 +346,12 @@ def _decoded(data: bytes) -> object:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
+
+
+def _allowed(rules: Sequence[Sequence[str]]) -> frozenset[str] | None:
+    """What every one of some rules allows."""
+    strict = [frozenset(names) for names in rules if "*" not in names]
+    return frozenset.intersection(*strict) if strict else None
 
 
 def _settle(settled: list[Settled]) -> None:

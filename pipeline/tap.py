@@ -87,13 +87,13 @@ class _Client:
         self.missed = 0
         self._items: deque[Callable[[], Shown]] = deque()
         self._filled = threading.Condition()
-        self._allowed, self._asked = max(1.0, self.rate / 4), time.monotonic()
+        self._most = max(1.0, self.rate)  # at once, after a pause
+        self._allowed, self._asked = self._most, time.monotonic()
 
     def budget(self) -> int:
         """How many events may be picked now."""
         now = time.monotonic()
-        most = max(1.0, self.rate / 4)  # not a second's worth at once: they come spread over it
-        self._allowed = min(most, self._allowed + (now - self._asked) * self.rate)
+        self._allowed = min(self._most, self._allowed + (now - self._asked) * self.rate)
         self._asked = now
         return min(int(self._allowed), self.left)
 

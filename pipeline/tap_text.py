@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -9,7 +12,7 @@ import msgspec
 from pipeline.events import Event, Feedback, Reading, Text
 from pipeline.rules import SourceRules
 
-__all__ = ["Redactor", "printable"]
+__all__ = ["Redactor", "format_source", "format_time", "printable"]
 
 MAX_TEXT = 1_000
 MAX_BRACKETS = 256  # of JSON that is looked into; deeper than an event may be, and no risk to the stack
@@ -63,6 +66,33 @@ class Redactor:
 def printable(text: str) -> str:
     """A text that a terminal shows as it is: no byte of an event may steer it."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def format_time(seconds: float) -> str:
+    """A time for people, in local time; "-" where there is none."""
+    if seconds > 0:
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+    return f"{'-':<19}"
+
+
+def format_source(
+    name: str, connected: bool | None, detail: str, counts: Mapping[str, int] = {}, waiting: int | None = None
+) -> str:
+    """How a source stands, as a line.
+
+    Args:
+        name: Of its connector, "mqtt:plant".
+        connected, detail, counts: As it says itself.
+        waiting: Lines that wait, None where nobody asked.
+    """
+    kind, _, source = name.partition(":")
+    standing = {True: "connected", False: "not connected", None: ""}[connected]
+    words = [f"{standing}: {detail}" if standing and detail else standing or detail or "reading"]
+    words += [f"{count:,} {what.replace('_', ' ')}" for what, count in sorted(counts.items()) if count]
+    if waiting is not None:
+        words.append(f"{waiting:,} waiting")
+    return printable(f"source       {source}  {kind}  {', '.join(words)}")
 
 
 def _content(event: Event) -> Any:

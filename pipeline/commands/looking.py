@@ -1,4 +1,4 @@
-"""Looking: status, doctor, score."""
+"""Looking: status, tap, doctor, score."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands.common import DONE, FAILED, Context, configured, say, with_json
+from pipeline.commands.common import DONE, FAILED, Context, configured, fail, say, with_json
 
-__all__ = ["doctor", "score", "status"]
+__all__ = ["doctor", "score", "status", "tap"]
 
 
 @click.command()
@@ -21,6 +21,44 @@ def status(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
 
     report, text = look(Context(path, overrides).load())
     say(report, text, as_json)
+
+
+@click.command()
+@configured
+@with_json
+@click.argument("source", default="")
+@click.option("--step", type=click.Choice(["source", "decode", "redact", "dedup", "tokenize", "commit"]),
+              help="Only at this step.")  # fmt: skip
+@click.option("--max-events", type=click.IntRange(min=0), default=0, help="End after so many events.")
+@click.option("--rate", type=click.FloatRange(min=0.1, max=200), default=10, show_default=True,
+              help="Follow at most so many events a second.")  # fmt: skip
+def tap(
+    path: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    source: str,
+    step: str | None,
+    max_events: int,
+    rate: float,
+) -> None:
+    """Watch events pass each step of the running ingest, redacted; of SOURCE, or of all.
+
+    A number follows an event from step to step. Ingest never waits: what is not shown is counted.
+    """
+    import msgspec
+
+    from pipeline.control import ControlError, NoIngestError
+    from pipeline.tap_view import format_item
+    from pipeline.tap_view import tap as look
+
+    def show(item: dict[str, object]) -> None:
+        click.echo(msgspec.json.encode(item).decode() if as_json else format_item(item))
+
+    config = Context(path, overrides).load()
+    try:
+        look(config, show, source=source, step=step or "", rate=rate, max_events=max_events)
+    except (ControlError, NoIngestError) as error:
+        fail(FAILED, str(error))
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.commands.common import SHARD, Context, configured, recording, say, with_json
+from pipeline.commands.common import FAILED, SHARD, Context, configured, recording, say, with_json
 
 __all__ = ["capture", "demo", "ingest", "replay", "run", "train", "update"]
 
@@ -39,6 +39,14 @@ def demo(as_json: bool, data_dir: Path, everything: bool, fresh: bool, overrides
     help="End after so many events of each ingest process.",
 )
 @recording
+@click.option(
+    "--dry-run",
+    "dry",
+    is_flag=True,
+    help="Only connect, and print what would be stored of 10 events (--max-events); write nothing.",
+)
+@click.option("--timeout", metavar="DURATION", help="With --dry-run: end after so long [default: 30s].")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: a line of JSON an event.")  # fmt: skip
 def run(
     path: Path | None,
     overrides: tuple[str, ...],
@@ -46,11 +54,21 @@ def run(
     no_updates: bool,
     max_events: int,
     capture: Path | None,
+    dry: bool,
+    timeout: str | None,
+    as_json: bool,
 ) -> None:
     """The daemon: ingest and trainer, supervised, until SIGTERM."""
     from pipeline.running import run_gateway
 
     context = Context(path, overrides)
+    if dry:
+        if once or no_updates or capture:
+            raise click.UsageError("--dry-run stores and records nothing: leave the other options out")
+        _dry_run(context, max_events, timeout, as_json)
+        return
+    if timeout or as_json:
+        raise click.UsageError("--timeout and --json go with --dry-run")
     config = context.load(require_sources=True)
     code = run_gateway(
         config,
@@ -198,6 +216,26 @@ def update(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
 
     number = request_update(Context(path, overrides).load())
     say({"request": number}, f"request {number} noted; a running ingest honours it within a second", as_json)
+
+
+def _dry_run(context: Context, max_events: int, timeout: str | None, as_json: bool) -> None:
+    import msgspec
+
+    from pipeline.dry_run import DryEvent, dry_run, format_dry_event, format_dry_run
+    from pipeline.units import Duration
+
+    try:
+        timeout_s = float(Duration.parse(timeout or "30s"))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--timeout") from None
+    config = context.load(require_sources=True)
+
+    def show(event: DryEvent) -> None:
+        click.echo(msgspec.json.encode(event).decode() if as_json else format_dry_event(event))
+
+    done = dry_run(config, max_events=max_events or 10, timeout_s=timeout_s, show=show)
+    click.echo(format_dry_run(done), err=as_json)
+    sys.exit(FAILED if done.faults else 0)
 
 
 def _print_report(report: Any, as_json: bool) -> None:

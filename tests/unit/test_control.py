@@ -27,7 +27,9 @@ class Served:
         self.folder = DataFolder.open(path, create=True)
         self.path = self.folder.run / "ingest-main.sock"
         self.ended = threading.Event()
-        verbs = {"echo": self.echo, "ticks": self.ticks, "no": self.no, "flood": self.flood}
+        verbs = {
+            "echo": self.echo, "ticks": self.ticks, "late": self.late, "no": self.no, "flood": self.flood,
+        }  # fmt: skip
         self.server = ControlServer(self.folder.run, "main", verbs)
 
     def echo(self, request: Request) -> Answers:
@@ -41,6 +43,11 @@ class Served:
                 yield None
         finally:
             self.ended.set()
+
+    def late(self, request: Request) -> Answers:
+        for _ in range(20):
+            yield None
+        yield {"late": True}
 
     def no(self, request: Request) -> Answers:
         raise ControlError("not today")
@@ -205,6 +212,13 @@ def test_more_clients_than_places_are_told_so_and_the_others_go_on(served: Serve
             return False
 
     until(free)
+
+
+def test_a_client_that_waits_is_not_taken_for_one_that_left(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "SEND_S", 0.05)  # looking whether it left must not wait, nor end it
+    assert ask(served.folder, "late") == {"main": {"late": True}}
 
 
 def test_a_client_that_left_ends_what_it_asked_for(served: Served) -> None:
