@@ -338,6 +338,7 @@ def login_of(source: str, settings: MqttSource) -> Login:
         tls=Tls(settings.ca_file, settings.cert_file, settings.key_file) if secure else None,
         keepalive_s=round(settings.keepalive),
         session_expiry_s=round(settings.session_expiry),
+        clean=not round(settings.session_expiry),  # 3.1.1 has no expiry: a session for ever, or none
         limit_bytes=LIMIT_BYTES,
     )
 
