@@ -12,7 +12,7 @@ help:  ## list these targets
 
 # The stamp is newer than everything that decides what is installed, so a second call installs nothing.
 $(VENV)/.installed: pyproject.toml deploy/constraints.txt deploy/install.sh
-	deploy/install.sh --editable --extras train,dev $(VENV)
+	deploy/install.sh --editable --extras train,opcua,modbus,dev $(VENV)
 	@touch $@
 
 install: $(VENV)/.installed  ## make .venv with everything (PYTHON=..., CUDA=1, TORCH_INDEX=..., WHEELS=... to choose)

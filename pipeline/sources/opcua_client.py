@@ -39,7 +39,7 @@ REASONS: Final = {
     "BadIdentityTokenRejected": "the server refuses this user or password",
     "BadIdentityTokenInvalid": "the server does not take this kind of log-in: set or remove username",
     "BadCertificateUntrusted": "the server does not trust cert_file: add it to its trusted certificates",
-    "BadSecurityChecksFailed": "security failed: is server_cert_file right, and does the server trust cert_file?",
+    "BadSecurityChecksFailed": "security failed: is server_cert_file right, is cert_file trusted there?",
     "BadCertificateInvalid": "the server takes cert_file for invalid: is server_cert_file its certificate?",
     "BadCertificateTimeInvalid": "the server says that cert_file is expired or not yet valid",
     "BadTooManySessions": "the server has no session left",
