@@ -1,5 +1,4 @@
-# Note of the lead for both engineers of files and journal: read /tmp/w/i4/NOTE_FILES.md, then delete this line.
-"""The journal through the real journalctl, on real journal files; and where there is none."""
+"""The journal through the real journalctl and real journal files; and where there is none."""
 
 from __future__ import annotations
 
