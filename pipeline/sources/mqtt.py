@@ -51,7 +51,7 @@ from pipeline.sources.mqtt_packets import (
 from pipeline.sources.mqtt_session import REDELIVERY_S, Deliveries, Run
 from pipeline.sources.mqtt_settings import broker_address
 from pipeline.sources.mqtt_topics import Route, TopicMap
-from pipeline.sources.sparkplug import NAMESPACE, SparkplugHost, rebirth_request
+from pipeline.sources.sparkplug import SparkplugHost, rebirth_payload
 
 __all__ = ["MqttConnector", "login_of"]
 
@@ -62,7 +62,6 @@ OFFER_S = 0.02  # how often a full inbox is tried again
 GATHER_S = 0.005  # after a message, so that those behind it share its chunk
 IDLE_S = 5.0
 HELD_S = 5.0  # a connection that stood so long begins the backoff anew
-REBIRTH_S = 60.0
 SUBSCRIBE_ID = 1
 log = logging.getLogger("edgewater.sources")
 
@@ -84,6 +83,7 @@ class MqttConnector:
         self._waker: Waker | None = None
         self._settled: deque[Run] = deque()  # committed, for the thread to acknowledge
         self._waiting: deque[Chunk] = deque()  # for room in the inbox
+        self._births_wanted: list[str] = []  # topics of nodes that are to say again what they have
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """Connect, in a thread of its own; `positions` tell what of the session is committed."""
@@ -92,12 +92,12 @@ class MqttConnector:
         login = self._login
         identity = f"{login.host}:{login.port}/{login.client_id}"
         self._deliveries = Deliveries(identity, positions.get(self.name, b""))
-        self._sparkplug = SparkplugHost(self.name, self._state.count)
-        self._sparkplug.restore(positions)
+        ask = self._births_wanted.append if self._settings.rebirth else None
+        self._sparkplug = SparkplugHost(self._state.count, ask)
+        self._sparkplug.restore(self.name, positions)
         self._topics = TopicMap(self._source, self._settings.topics, self._sparkplug, self._state.count)
         self._peak = 0
         self._connected_at = self._lost_at = 0.0
-        self._births_asked: dict[tuple[str, str], float] = {}
         self._thread.start(self, inbox, partial(self._run, inbox, self._waker))
 
     def acknowledge(self, settled: list[Settled]) -> None:
@@ -234,8 +234,9 @@ class MqttConnector:
                 case PingResp():
                     self._deliveries.answered()
         self._close(opened)
-        if self._sparkplug.wanted:
-            self._ask_births(connection)
+        for topic in self._births_wanted:
+            connection.send(publish(self._login.version, topic, rebirth_payload()))
+        self._births_wanted.clear()
 
     def _message(self, message: Publish, opened: _Opened) -> None:
         if message.retain and self._settings.retained == "ignore":
@@ -260,7 +261,7 @@ class MqttConnector:
 
     def _close(self, opened: _Opened) -> None:
         """Hand over the lines of a chunk, with what the commit must keep of the session."""
-        rows = self._sparkplug.rows()
+        rows = self._sparkplug.rows(self.name)
         if not opened.lines and not rows:
             self._deliveries.release(opened.run)
             return
@@ -280,17 +281,6 @@ class MqttConnector:
         if count > self._peak:
             self._peak = self._state.counts["in_flight_peak"] = count
         return record and count >= self._settings.in_flight
-
-    def _ask_births(self, connection: Connection) -> None:
-        now = time.monotonic()
-        for node in self._sparkplug.wanted if self._settings.rebirth else ():
-            if now - self._births_asked.get(node, -REBIRTH_S) >= REBIRTH_S:
-                self._births_asked[node] = now
-                self._state.count("rebirths_asked")
-                group, edge = node
-                payload = rebirth_request(int(time.time() * 1_000))
-                connection.send(publish(self._login.version, f"{NAMESPACE}/{group}/NCMD/{edge}", payload))
-        self._sparkplug.wanted.clear()
 
 
 class _Opened:

@@ -1,4 +1,4 @@
-"""A connection to an MQTT broker: TCP or TLS, never blocking, so that one thread reads, acknowledges and stops.
+"""A connection to an MQTT broker: TCP or TLS, never blocking, so that one thread reads and acknowledges.
 
 Why not a library. Received QoS 1 messages, acknowledged by hand in runs of 500, from mosquitto 2.0.11, on two
 cores that did nothing else; the last column is processor time of the client, imports included:
@@ -11,10 +11,9 @@ cores that did nothing else; the last column is processor time of the client, im
 | awscrt 0.38.1 (MQTT 5 only) | 69,000 | 15.0 |
 | this one | OWN_RATE | OWN_CPU |
 
-All are fast enough alone, but share one core with decoding, tokenizing and the commit, which cost about as
-much again. And none gives what FAULTS asks for: paho buffers a message of up to 256 MiB before anybody can refuse
-it (3.1.1 has no Maximum Packet Size), sends each PUBACK by itself, and tells nobody of a PINGRESP, from which
-`mqtt_session` learns what the broker knows.
+All are fast enough alone, but share one core with decoding, tokenizing and the commit. And what decides: paho
+buffers a message of up to 256 MiB before anybody can refuse it (3.1.1 has no Maximum Packet Size), sends each
+PUBACK by itself, and tells nobody of a PINGRESP, from which `mqtt_session` learns what the broker knows.
 
 A hostile broker: every length is checked before it is used, nothing longer than one packet of `limit_bytes`
 is held, and what breaks the protocol ends the connection with `MqttError`.
@@ -54,6 +53,8 @@ CONNECT_S = 8.0  # for name, TCP, TLS and CONNACK together
 READ_BYTES = 64 << 10
 MAX_UNSENT_BYTES = 1 << 20  # more: the broker takes nothing any more
 
+Addresses = list[tuple[socket.AddressFamily, object]]
+
 
 class Stopped(Exception):
     """Reading must end."""
@@ -69,6 +70,7 @@ class Waker:
     def __init__(self, stopping: threading.Event) -> None:
         self.stopping = stopping
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = threading.Lock()
 
     def fileno(self) -> int:
         """For poll."""
@@ -76,8 +78,9 @@ class Waker:
 
     def wake(self) -> None:
         """End the wait that goes on, or the next."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._fd, 1)
+        with self._closing, contextlib.suppress(BlockingIOError):
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         """Forget wakes so far."""
@@ -93,7 +96,9 @@ class Waker:
 
     def close(self) -> None:
         """Give the descriptor back."""
-        os.close(self._fd)
+        with self._closing:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class Tls(msgspec.Struct, frozen=True):
@@ -225,7 +230,7 @@ class Connection:
         self.send(ping())
 
     def wait(self, *, reading: bool, seconds: float) -> None:
-        """Wait until something can be read (if `reading`) or sent, or somebody wakes; look after keepalive."""
+        """Wait until something can be read (if `reading`) or sent, or somebody wakes; keep it alive."""
         assert self._socket is not None
         self._keep_alive(reading)
         poll = select.poll()
@@ -360,7 +365,7 @@ class Connection:
         return max(0.01, (self._asked_at + half if self._asked_at else due) - now)
 
     def _keep_alive(self, reading: bool) -> None:
-        """Ping after half the keepalive time of silence, either side's; no answer in the other half is the end."""
+        """Ping after half the keepalive time of silence; no answer in the other half is the end."""
         now, half = time.monotonic(), self._keepalive_s / 2
         if not reading:  # we do not listen: its silence says nothing, but it must hear from us
             self._heard_at = now
@@ -375,11 +380,9 @@ class Connection:
             self.ask()
 
 
-def _resolve(
-    host: str, port: int, stopping: threading.Event, deadline: float
-) -> list[tuple[socket.AddressFamily, object]]:
+def _resolve(host: str, port: int, stopping: threading.Event, deadline: float) -> Addresses:
     """The addresses of a name. The system's resolver cannot be interrupted, so a thread waits for it."""
-    found: list[tuple[socket.AddressFamily, object]] = []
+    found: Addresses = []
     failed: list[OSError] = []
 
     def look_up() -> None:

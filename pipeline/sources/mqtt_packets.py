@@ -185,7 +185,7 @@ class Parser:
         return packets
 
     def _parse(self, data: bytes) -> tuple[list[Packet], int]:
-        """Returns: the whole packets, and where the rest begins (beyond the end: so much is to be skipped)."""
+        """Returns: the whole packets, and where the rest begins; beyond the end, so much is to be skipped."""
         packets: list[Packet] = []
         at, end = 0, len(data)
         self._wanted = 2

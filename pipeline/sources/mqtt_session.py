@@ -16,9 +16,9 @@ acknowledgement the broker is not known to have, each with a checksum of topic a
 Why a row of a commit names committed messages only: it is made when a chunk is closed, of what this and
 earlier chunks hold, and chunks of one connector are committed in order, each with all its lines.
 
-**Reuse of ids.** A broker uses an id anew only after our PUBACK for it; that message comes with DUP unset, is
-handed over whatever the row says, and takes the entry over. If it is lost on the way (a cut, a kill), it comes
-with DUP set and meets the old entry: the checksum tells them apart, unless topic and payload are equal too.
+**Reuse of ids.** A broker uses an id anew only after our PUBACK for it; that message comes with DUP unset,
+is handed over whatever the row says, and takes the entry over. If it is lost on the way (a cut, a kill), it
+comes with DUP set and meets the old entry: the checksum tells them apart, unless topic and payload are equal.
 Then one of two equal messages would be dropped. Entries are therefore forgotten as soon as the broker is
 known to have the PUBACK: it answers packets in their order, so a PINGRESP says that it read every PUBACK sent
 before the PINGREQ. What is left is a broker that gives an id anew at once (mosquitto and others count up to
@@ -129,6 +129,12 @@ class Deliveries:
     def close(self, run: Run) -> None:
         """The chunk goes to its commit."""
         self._runs.append(run)
+
+    def release(self, run: Run) -> None:
+        """The messages of a chunk made nothing that a commit would have to keep."""
+        for packet_id in run.acks:
+            self._held.pop(packet_id, None)
+        (self._runs[-1].acks if self._runs else self._free).extend(run.acks)
 
     def settled(self, run: Run) -> None:
         """The commit of a chunk is on stable storage; chunks come in their order."""

@@ -170,7 +170,11 @@ def _lines(payload: bytes) -> Converted:
 
 def _number_converter(tag: str, unit: str) -> Callable[[bytes], Converted]:
     head = b'{"kind":"reading","values":{' + msgspec.json.encode(tag) + b":"
-    tail = b'},"units":{' + msgspec.json.encode(tag) + b":" + msgspec.json.encode(unit) + b"}}" if unit else b"}}"
+    tail = (
+        b'},"units":{' + msgspec.json.encode(tag) + b":" + msgspec.json.encode(unit) + b"}}"
+        if unit
+        else b"}}"
+    )
 
     def convert(payload: bytes) -> Converted:
         number = payload.strip()
