@@ -1,4 +1,3 @@
-# Note of the lead for both engineers of files and journal: read /tmp/w/i4/NOTE_FILES.md, then delete this line.
 """The systemd journal, followed through journalctl; where there is none, it is looked for again and again.
 
     journalctl                        then
@@ -34,7 +33,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.events import Line, Origin
+from pipeline.events import MAX_EVENT_BYTES, Line, Origin
 from pipeline.source_settings import JournalSource
 from pipeline.sources.formats import RowError, clean, event_json
 from pipeline.sources.inbox import Backoff, Chunk, Inbox, ReaderThread, Settled
@@ -45,6 +44,7 @@ __all__ = ["JournalConnector", "template_fields"]
 MAX_ENTRY_BYTES = 1 << 20  # as JSON, where a byte of a binary message is up to four
 MAX_COMPLAINT_BYTES = 4_096
 POLL_S = 0.2
+LAST_ENTRY_S = 30.0  # to look for the newest entry on a slow disk
 CALM_S = 1.0  # without a complaint for so long after the start it is connected
 ALWAYS = ("MESSAGE", "_SYSTEMD_UNIT")
 FOLDERS = ("/var/log/journal", "/run/log/journal")
@@ -53,6 +53,7 @@ SINCE = "@"  # begins a time in the place of a cursor
 _NO_JOURNAL = "No journal files were"
 _NO_CURSOR = "Failed to seek to cursor"
 _is_field = re.compile(r"[A-Z_][A-Z0-9_]*").fullmatch
+_is_time = re.compile(r"[0-9]{1,17}").fullmatch  # microseconds since 1970
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 log = logging.getLogger("edgewater.journal")
 
@@ -75,6 +76,7 @@ class JournalConnector:
         self._thread = ReaderThread()
         self._stop = self._thread.stopping
         self._cursor = ""  # of the last entry that was handed over
+        self._was_connected = False
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """Begin to read in a thread of its own."""
@@ -92,18 +94,14 @@ class JournalConnector:
 
     def _run(self) -> None:
         backoff = Backoff()
-        connected_once = False
         while not self._stop.is_set():
             why = self._follow_once(backoff)
             if self._stop.is_set():
                 return
-            connected_once |= bool(self._state.connected)
             if self._state.detail != why:
                 log.warning("%s: %s", self.name, why)
             self._state.connected, self._state.detail = False, why
             self._stop.wait(backoff.next_s())
-            if connected_once:
-                self._state.count("reconnects")
 
     def _follow_once(self, backoff: Backoff) -> str:
         """Read entries until journalctl ends, or must. Returns: why there are no more."""
@@ -128,13 +126,19 @@ class JournalConnector:
     def _mark_now(self, program: str) -> None:
         """Commit the present end, so that nothing after it is lost, also if we are killed before it comes."""
         now = f"{SINCE}{time.time():.6f}"
-        command = [program, *self._filters(), "--lines=1", "--quiet"]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=1, check=False, env=_environment()
-        )
-        entry = _entry(done.stdout.strip())
-        self._cursor = str(entry["__CURSOR"]) if entry and "__CURSOR" in entry else now
-        self.put([], self._cursor)
+        deadline = time.monotonic() + LAST_ENTRY_S
+        with _running([program, *self._filters(), "--lines=1", "--quiet"]) as process:
+            while not self._stop.is_set():
+                try:
+                    found, _ = process.communicate(timeout=POLL_S)
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() < deadline:
+                        continue
+                    found = b""
+                entry = _entry(found.strip())
+                self._cursor = str(entry["__CURSOR"]) if entry and "__CURSOR" in entry else now
+                self.put([], self._cursor)
+                return
 
     def _arguments(self) -> Iterator[str]:
         yield from self._filters()
@@ -179,6 +183,9 @@ class JournalConnector:
 
     def connected(self, hint: str) -> None:
         """Entries come, or would come."""
+        if self._was_connected:
+            self._state.count("reconnects")
+        self._was_connected = True
         where = self._settings.directory or "this machine"
         self._state.connected, self._state.detail = True, f"the journal of {where}{hint}"
 
@@ -189,8 +196,7 @@ class JournalConnector:
         for data in raw:
             entry = _entry(data)
             if entry is None or not isinstance(cursor := entry.get("__CURSOR"), str):
-                if not data.startswith(b"--"):  # "-- No entries --"
-                    lines.append(Line(data, -1, origin, "", "no entry of the journal as JSON, or too long"))
+                lines.append(_refused(data, origin, "no entry of the journal as JSON, or too long"))
                 continue
             self._cursor = cursor
             lines.append(self._line(entry, data, origin))
@@ -217,12 +223,13 @@ class JournalConnector:
         log.warning("%s: %s", self.name, why)
 
     def _line(self, entry: dict[str, Any], data: bytes, origin: Origin) -> Line:
-        message = _text(entry.get("MESSAGE"))
-        if not message:
-            return Line(data, -1, origin, "", "an entry of the journal without a message")
-        fields = {name: _text(entry.get(name)) for name in self._fields}
-        event: dict[str, object] = {"kind": "text", "text": self._settings.template.format_map(fields)}
-        if (when := entry.get("__REALTIME_TIMESTAMP")) and str(when).isdecimal():
+        if not _text(entry.get("MESSAGE")).strip():
+            return _refused(data, origin, "an entry of the journal without a message")
+        text = self._settings.template.format_map({name: _text(entry.get(name)) for name in self._fields})
+        if not text.strip():
+            return _refused(data, origin, "an entry without the fields that the template names")
+        event: dict[str, object] = {"kind": "text", "text": text}
+        if _is_time(when := str(entry.get("__REALTIME_TIMESTAMP"))):
             event["ts"] = int(when) / 1e6
         if self._settings.unit_as_source and (unit := _name(_text(entry.get("_SYSTEMD_UNIT")))):
             event["source"] = unit
@@ -230,7 +237,7 @@ class JournalConnector:
             # An entry is known by its cursor: the same words in the same microsecond are two.
             return Line(event_json(event), -1, origin, str(entry["__CURSOR"]))
         except RowError as error:
-            return Line(data, -1, origin, "", str(error))
+            return _refused(data, origin, str(error))
 
 
 class _Following:
@@ -281,7 +288,8 @@ class _Following:
         self._connector.connected(self._hint())
 
     def _take(self, data: bytes, backoff: Backoff) -> None:
-        entries = [line for _, line in self._splitter.feed(data)]
+        # "-- No entries --" and the like are none.
+        entries = [line for _, line in self._splitter.feed(data) if not line.startswith(b"--")]
         if entries and not self._calm:
             self._now_calm(backoff)
         if entries and self._first:
@@ -348,6 +356,10 @@ def template_fields(template: str) -> list[str]:
     if not fields:
         raise ValueError("name a field, as in {MESSAGE}")
     return fields
+
+
+def _refused(data: bytes, origin: Origin, why: str) -> Line:
+    return Line(data[: MAX_EVENT_BYTES + 1], -1, origin, "", why)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -101,7 +102,7 @@ def test_messages_of_any_bytes_are_read(journal: Journal) -> None:
 @real
 def test_a_message_that_no_event_can_hold_is_refused_and_stops_nothing(journal: Journal) -> None:
     journal.write(b"\xff" * 600_000)
-    journal.write(b"")
+    journal.write(b" ")
     journal.write(b"next")
     with reading(journal.connector()) as reader:
         reader.until(lambda: texts(reader) == ["app: next"])
@@ -253,6 +254,13 @@ def test_a_journal_that_comes_later_is_followed(tmp_path: Path) -> None:
         journal.close()
 
 
+def scripted(tmp_path: Path, program: str, **settings: Any) -> JournalConnector:
+    """A connector with another journalctl."""
+    return JournalConnector(
+        "site", JournalSource(directory=str(tmp_path), **{"since": "all", **settings}), program
+    )
+
+
 def script(tmp_path: Path, body: str) -> str:
     path = tmp_path / "journalctl"
     path.write_text(f"#!/bin/sh\n{body}\n")
@@ -271,7 +279,7 @@ def test_what_it_complains_is_shown_and_bounded(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Following, "_last_words", last_words)
-        with reading(JournalConnector("site", JournalSource(since="all"), program)) as reader:
+        with reading(scripted(tmp_path, program)) as reader:
             reader.until(lambda: "ended with 3" in state_of(reader).detail)
             assert len(state_of(reader).detail) < 300
     assert max(kept) <= MAX_COMPLAINT_BYTES
@@ -280,7 +288,7 @@ def test_what_it_complains_is_shown_and_bounded(tmp_path: Path) -> None:
 def test_stopping_ends_all_that_journalctl_started(tmp_path: Path) -> None:
     """Also where it does not listen to SIGTERM."""
     program = script(tmp_path, f"trap '' TERM; sleep 321 & echo $! > {tmp_path}/child; wait")
-    reader = Reader(JournalConnector("site", JournalSource(since="all"), program))
+    reader = Reader(scripted(tmp_path, program))
     reader.until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "")
     child = int((tmp_path / "child").read_text())
     started = time.monotonic()
@@ -295,15 +303,46 @@ def test_stopping_ends_all_that_journalctl_started(tmp_path: Path) -> None:
         assert not Path(f"/proc/{child}").exists()
 
 
+def test_it_stops_within_a_second_while_the_newest_entry_is_looked_for(tmp_path: Path) -> None:
+    """On a slow disk that may take long; nothing is committed then, and the next start looks again."""
+    reader = Reader(scripted(tmp_path, script(tmp_path, f"touch {tmp_path}/began; sleep 321"), since="now"))
+    reader.until((tmp_path / "began").exists)
+    started = time.monotonic()
+    reader.stop()
+    assert time.monotonic() - started < 1.0
+    reader.settle(0.1)
+    assert reader.positions == {}
+    assert reader.inbox.drained
+    assert reader.inbox.fault is None
+
+
 def test_output_that_is_no_entry_is_refused(tmp_path: Path) -> None:
     entry = json.dumps({"__CURSOR": "c", "MESSAGE": "x", "SYSLOG_IDENTIFIER": ["a", "b"]})
     program = script(
         tmp_path, f"echo 'not json'; echo '-- No entries --'; echo '[]'; echo '{entry}'; sleep 9"
     )
-    with reading(JournalConnector("site", JournalSource(since="all"), program)) as reader:
+    with reading(scripted(tmp_path, program)) as reader:
         reader.until(lambda: bool(texts(reader)))
     assert texts(reader) == ["a b: x"]
     assert [line.data for line in reader.lines if line.refused] == [b"not json", b"[]"]
+
+
+def test_an_entry_without_what_the_template_names_is_refused_as_it_came(tmp_path: Path) -> None:
+    entry = json.dumps({"__CURSOR": "c", "MESSAGE": "x"})
+    program = script(tmp_path, f"echo '{entry}'; sleep 9")
+    with reading(scripted(tmp_path, program, template="{UNIT} ")) as reader:
+        reader.until_lines(1)
+    (line,) = reader.lines
+    assert line.data == entry.encode()
+    assert "fields" in line.refused
+
+
+def test_a_boot_is_known_of_this_machine_only(tmp_path: Path) -> None:
+    path = tmp_path / "edgewater.toml"
+    journal = '{ directory = "remote", since = "boot" }'
+    path.write_text(f'[[sources]]\nname = "j"\nkind = "journal"\njournal = {journal}\n')
+    with pytest.raises(ConfigError, match=r"sources\[0\].journal.since"):
+        load(path)
 
 
 def test_its_template_is_checked(tmp_path: Path) -> None:
