@@ -1,4 +1,4 @@
-"""A real mosquitto for tests: on a free port, in a folder of its own, started, stopped and killed by process id."""
+"""A real mosquitto for tests, on a free port and in a folder of its own, and a client that is not ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
 
 __all__ = ["Mosquitto", "Publisher", "free_port"]
 
@@ -108,7 +109,7 @@ class Publisher:
     """A client that is not ours; what it published the broker has, when `publish` returns."""
 
     def __init__(self, port: int, **login: str) -> None:
-        self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv311)
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv311)
         if login:
             self._client.username_pw_set(login["username"], login["password"])
         self._client.connect("127.0.0.1", port, keepalive=600)

@@ -9,7 +9,7 @@ and to show that it lives.
 | the connection broke, or the broker was silent for `keepalive` | connect again, with backoff |
 | the broker kept no session, and we had one | subscribe anew, count `sessions_lost` and `missed_s` |
 | DUP set, and the message is in a commit or on its way to one | acknowledged, counted `redelivered` |
-| as many unacknowledged as ever, at least `in_flight` | the Batch closes now: the broker may be waiting |
+| `in_flight` unacknowledged, and then silence | the Batch closes now: the broker may be waiting for us |
 | a topic that no rule lists, `$SYS`, a retained message | acknowledged in its turn, counted, dropped |
 | a message longer than an event may be | its head is read, the rest passed over: a dead letter |
 
@@ -61,6 +61,7 @@ CHUNK_LINES = 512
 OFFER_S = 0.02  # how often a full inbox is tried again
 GATHER_S = 0.005  # after a message, so that those behind it share its chunk
 IDLE_S = 5.0
+STALLED_S = 0.05  # silence from which a broker whose limit may be reached is taken to wait
 HELD_S = 5.0  # a connection that stood so long begins the backoff anew
 SUBSCRIBE_ID = 1
 log = logging.getLogger("edgewater.sources")
@@ -97,6 +98,7 @@ class MqttConnector:
         self._sparkplug.restore(self.name, positions)
         self._topics = TopicMap(self._source, self._settings.topics, self._sparkplug, self._state.count)
         self._peak = 0
+        self._hurried = False  # whether the Batch was asked to close since the last commit
         self._connected_at = self._lost_at = 0.0
         self._thread.start(self, inbox, partial(self._run, inbox, self._waker))
 
@@ -139,7 +141,8 @@ class MqttConnector:
         """Read from one connection until it ends, by OSError, MqttError or Stopped."""
         self._log_in(connection.open())
         connection.send(subscribe(self._login.version, SUBSCRIBE_ID, self._subscriptions()))
-        began, gathering = time.monotonic(), False
+        began = heard = time.monotonic()
+        gathering = False
         while True:
             self._acknowledge(connection)
             self._offer(inbox)
@@ -149,7 +152,7 @@ class MqttConnector:
             packets = connection.receive()
             if packets:
                 self._take(packets, connection)
-                gathering = True
+                gathering, heard = True, time.monotonic()
             elif packets is None and gathering:
                 time.sleep(GATHER_S)
                 gathering = False
@@ -157,19 +160,19 @@ class MqttConnector:
                 if began and time.monotonic() - began > REDELIVERY_S:
                     self._deliveries.forget_old()
                     began = 0.0
-                connection.wait(reading=True, seconds=IDLE_S)
+                stalled = self._may_wait(time.monotonic() - heard)
+                if stalled >= STALLED_S:
+                    self._hurried = inbox.offer(Chunk(self, [], urgent=True))
+                connection.wait(reading=True, seconds=STALLED_S if 0 < stalled < STALLED_S else IDLE_S)
 
     def _log_in(self, answer: ConnAck) -> None:
         lost = self._deliveries.connected(answer.session_present)
         if lost:
             self._state.count("sessions_lost")
             away = round(time.monotonic() - self._lost_at) if self._lost_at else 0
-            self._state.count("missed_s", away)
-            log.warning(
-                "%s: the broker kept no session: what was published in the last %d s is missing",
-                self.name,
-                away,
-            )
+            if away:
+                self._state.count("missed_s", away)
+            log.warning("%s: the broker kept no session: what was published meanwhile is missing", self.name)
         if not answer.session_present:  # from now on its loss is noticed, also after a restart
             self._waiting.append(Chunk(self, [], {self.name: self._deliveries.row()}))
         self._session = "after its session was lost" if lost else "with its session"
@@ -209,6 +212,7 @@ class MqttConnector:
         """Send the PUBACKs that are due, and ask the broker whether it has those before."""
         while self._settled:
             self._deliveries.settled(self._settled.popleft())
+            self._hurried = False
         if due := self._deliveries.acknowledge():
             connection.send(puback(due))
         if not connection.asking and self._deliveries.ask():
@@ -268,19 +272,21 @@ class MqttConnector:
         self._deliveries.close(opened.run)
         if opened.run.acks:
             rows[self.name] = self._deliveries.row()
-        self._waiting.append(Chunk(self, opened.lines, rows, opened.run, urgent=self._exhausted()))
-
-    def _exhausted(self) -> bool:
-        """Whether the broker may be waiting for acknowledgements.
-
-        No broker tells how many messages it sends ahead of them. So a number that was never passed is taken
-        for its limit, from `in_flight` on; while it is passed the limit is not reached.
-        """
+        self._waiting.append(Chunk(self, opened.lines, rows, opened.run))
         count = self._deliveries.unacknowledged
-        record = count >= self._peak
         if count > self._peak:
             self._peak = self._state.counts["in_flight_peak"] = count
-        return record and count >= self._settings.in_flight
+
+    def _may_wait(self, silent_s: float) -> float:
+        """How long the broker may have been waiting for acknowledgements, seconds; 0 if it surely does not.
+
+        No broker tells how many messages it sends ahead of them, and what was seen once proves nothing:
+        mosquitto with a limit of 20 sent 40. So from `in_flight` on, silence may mean that it waits; but not
+        below half of what it once sent ahead.
+        """
+        count = self._deliveries.unacknowledged
+        reached = count >= self._settings.in_flight and 2 * count >= self._peak
+        return silent_s if reached and not self._hurried else 0.0
 
 
 class _Opened:

@@ -52,7 +52,7 @@ _CONNECT_REASONS_3 = {
     2: "it refuses the client id",
     3: "it is not available",
     4: "user name or password are wrong",
-    5: "not authorized",
+    5: "not authorized: see user name, password and what the broker allows them",
 }
 _REASONS = {
     0x81: "malformed packet",
@@ -60,7 +60,7 @@ _REASONS = {
     0x84: 'it does not speak MQTT 5: set version = "3.1.1"',
     0x85: "it refuses the client id",
     0x86: "user name or password are wrong",
-    0x87: "not authorized",
+    0x87: "not authorized: see user name, password and what the broker allows them",
     0x88: "it is not available",
     0x89: "it is busy",
     0x8A: "banned",
