@@ -13,17 +13,19 @@ its devices. What the host knows of a node:
 | NDEATH | nothing | forgotten, if its bdSeq is the birth's; else it is of an earlier session |
 
 A gap in seq is counted and asks for a rebirth; values are still taken, since aliases hold until a birth.
-Nothing here is kept over a restart: a node is unknown then, and asked for its birth by its first message.
+What births said is kept over a restart: `rows` gives it to the commit that holds their values, `restore`
+takes it back. Where the seq stood is not: the first message after a restart shows no gap.
 
 Source: Eclipse Sparkplug 3.0.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 
 import msgspec
@@ -33,6 +35,7 @@ from pipeline.sources.made import encode_reading
 
 __all__ = ["SparkplugHost", "SparkplugTopic", "rebirth_payload"]
 
+ROWS = "sparkplug"  # names the rows among those of a connector
 MAX_NODES = 1_024
 MAX_NODE_METRICS = 16_384  # with its devices, each of which counts as one more
 MAX_HOST_METRICS = 100_000  # some 300 bytes each
@@ -40,6 +43,7 @@ MAX_NAME = 256  # characters of a metric, group, node or device
 MAX_TAG = 64
 MAX_READINGS = 1_000  # of one message: they share a chunk, which is never cut
 MAX_TAGS = 500  # of one reading: the longest tags fit in what an event may have
+MAX_ROW_BYTES = 64 << 10  # a node with more is not kept over a restart: some 1,000 metrics
 REBIRTH_PERIOD_S = 60.0
 SILENT_S = 3_600.0  # a node that was silent for so long may lose its place to another
 
@@ -106,7 +110,7 @@ class _Node(msgspec.Struct):
 
     Attributes:
         birth: bdSeq and timestamp of its birth.
-        seq: Of its last message.
+        seq: Of its last message, -1 where that is not known.
         heard_s: When that came, seconds of the host's clock.
         times: seq -> timestamp of the last message that had it.
         tables: Device -> its metrics, "" for the node's own.
@@ -119,6 +123,15 @@ class _Node(msgspec.Struct):
     times: array[int]
     tables: dict[str, _Table] = {}
     size: int = 0
+
+
+class _Row(msgspec.Struct, frozen=True, array_like=True):
+    """What a commit keeps of a node."""
+
+    group: str
+    edge: str
+    birth: tuple[int | None, int]
+    tables: dict[str, _Table]
 
 
 class SparkplugHost:
@@ -144,6 +157,35 @@ class SparkplugHost:
         self._nodes: dict[tuple[str, str], _Node] = {}
         self._size = 0
         self._asked_s: dict[tuple[str, str], float] = {}
+        self._changed: set[tuple[str, str]] = set()
+
+    def restore(self, name: str, positions: Mapping[str, bytes]) -> None:
+        """Take back what commits kept under `name`; what cannot be read is asked for again."""
+        decode = msgspec.msgpack.Decoder(_Row).decode
+        for key, data in positions.items():
+            if key.startswith(f"{name}:{ROWS}:") and len(self._nodes) < MAX_NODES:
+                try:
+                    row = decode(data)
+                except msgspec.MsgspecError:
+                    continue
+                size = sum(table.size for table in row.tables.values())
+                times = array("Q", bytes(8 * 256))
+                node = _Node(row.birth, -1, self._clock(), times, row.tables, size)
+                self._nodes[row.group, row.edge] = node
+                self._size += size
+
+    def rows(self, name: str) -> dict[str, bytes]:
+        """What the next commit must keep under `name`: nodes whose births changed; b"" forgets one."""
+        rows = {}
+        for group, edge in self._changed:
+            node = self._nodes.get((group, edge))
+            row = b""
+            if node is not None:
+                row = msgspec.msgpack.encode(_Row(group, edge, node.birth, node.tables))
+            digest = hashlib.blake2b(f"{group}/{edge}".encode(), digest_size=16).hexdigest()
+            rows[f"{name}:{ROWS}:{digest}"] = row if len(row) <= MAX_ROW_BYTES else b""
+        self._changed.clear()
+        return rows
 
     def take(self, node: SparkplugTopic, payload: bytes) -> Converted:
         """Make readings of a message, each as (JSON, ""), or give it back with the reason against it."""
@@ -171,11 +213,14 @@ class SparkplugHost:
         if node.kind == "DDEATH":
             if known and not again:
                 self._drop(known, node.device)
+                self._changed.add(key)
             return []
         if node.kind.endswith("BIRTH"):
             table = _read_birth(message.metrics)
-            if known and (fault := self._keep(known, node.device, table)):
-                return [(payload, fault)]
+            if known:
+                self._changed.add(key)
+                if fault := self._keep(known, node.device, table):
+                    return [(payload, fault)]
         else:
             table = (known and known.tables.get(node.device)) or _Table()
         return self._readings(node, message, table, payload)
@@ -194,6 +239,7 @@ class SparkplugHost:
         seq = message.seq or 0
         times[seq] = message.timestamp
         node = self._nodes[key] = _Node(birth, seq, self._clock(), times)
+        self._changed.add(key)
         return node, False
 
     def _make_room(self) -> bool:
@@ -209,6 +255,7 @@ class SparkplugHost:
     def _forget(self, key: tuple[str, str]) -> None:
         if node := self._nodes.pop(key, None):
             self._size -= node.size
+            self._changed.add(key)
 
     def _drop(self, node: _Node, device: str) -> None:
         if table := node.tables.pop(device, None):
@@ -239,10 +286,10 @@ class SparkplugHost:
         expected = (node.seq + 1) % 256
         seq = message.seq
         if seq is None:  # some encoders leave out a 0
-            if expected:
+            if expected or node.seq < 0:
                 return False
             seq = 0
-        if seq != expected:
+        if node.seq >= 0 and seq != expected:
             if seq == node.seq or (message.timestamp and node.times[seq] == message.timestamp):
                 return True
             self._count("gaps", (seq - expected) % 256)
