@@ -37,7 +37,7 @@ class _Users:
         password: str | None = None,
         certificate: object = None,
     ) -> User | None:
-        if self._passwords and self._passwords.get(username or "") != (password or None):
+        if self._passwords and (not username or self._passwords.get(username) != password):
             return None
         return User(role=UserRole.User)
 
@@ -107,7 +107,7 @@ class OpcuaServer:
                 ua.SecurityPolicyType.Basic256Sha256_Sign,
             ]
             await self._server.load_certificate(cert)
-            await self._server.load_private_key(key)
+            await self._server.load_private_key(key, None, "pem")
         self._server.set_security_policy(policies)
         assert await self._server.register_namespace(NAMESPACE) == 2
         for name, value in variables.items():

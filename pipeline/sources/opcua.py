@@ -84,7 +84,7 @@ class OpcuaConnector:
         while True:
             client: Client | None = None
             try:
-                with in_words():
+                with in_words(self._settings):
                     client = await make_client(self._settings)
                     subscription = _Subscription(client, self._settings)
                     await client.connect()
@@ -171,6 +171,8 @@ class _Subscription:
             if isinstance(data, ua.DataChangeNotification):
                 changes += self._changes(data)
             elif isinstance(data, ua.StatusChangeNotification) and not data.Status.is_good():
+                if self._lost.done():  # the library's own notice of it
+                    raise self._lost.result()
                 raise ConnectionError(f"the server ended the subscription: {status_name(data.Status.value)}")
         return changes, lost
 
@@ -184,7 +186,7 @@ class _Subscription:
                 await asyncio.wait(waited, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 if get.done():
                     return get.result()
-                with in_words():
+                with in_words(self._settings):
                     await self._look()
         finally:
             get.cancel()

@@ -73,7 +73,7 @@ class _Client(Client):
 
 
 @contextlib.contextmanager
-def in_words() -> Iterator[None]:
+def in_words(settings: OpcuaSource) -> Iterator[None]:
     """Turn whatever the library raises into a ConnectionError that says it in words."""
     try:
         yield
@@ -81,13 +81,15 @@ def in_words() -> Iterator[None]:
         name = status_name(error.code)
         raise ConnectionError(REASONS.get(name, f"the server refuses: {name}")) from error
     except TimeoutError as error:
-        raise ConnectionError("no answer") from error
+        # Servers do not answer what they cannot decrypt.
+        asked = ": is server_cert_file right, is cert_file trusted there?" if settings.cert_file else ""
+        raise ConnectionError(f"no answer{asked}") from error
     except ConnectionError:
         raise
     except OSError as error:
         raise ConnectionError(error.strerror or str(error)) from error
     except UaError as error:
-        raise ConnectionError(f"{error}") from error
+        raise ConnectionError(_of_library(str(error), settings)) from error
     except Exception as error:  # what a hostile server sends can raise anything in there
         raise ConnectionError(f"the server's answer is not understood ({type(error).__name__})") from error
 
@@ -130,12 +132,24 @@ async def leave(client: Client) -> None:
     """Say goodbye as far as there is time, then close."""
     protocol = client.uaclient.protocol
     transport = protocol.transport if protocol is not None else None
-    with contextlib.suppress(TimeoutError):
+    try:
         async with asyncio.timeout(LEAVE_S):
             await client.disconnect()
-    client.disconnect_socket()
-    if transport is not None:
-        transport.abort()  # not after what cannot be sent
+    except TimeoutError:
+        pass  # it forgets the session by itself
+    finally:  # also where stop comes meanwhile
+        client.disconnect_socket()
+        if transport is not None:
+            transport.abort()  # not after what cannot be sent
+
+
+def _of_library(text: str, settings: OpcuaSource) -> str:
+    """Its words are for programmers."""
+    if text.startswith("No matching endpoints"):
+        return f'the server does not offer security "{settings.security}"'
+    if text == "Server certificate mismatch":
+        return "the server shows another certificate than server_cert_file"
+    return text
 
 
 def _with_port(url: str) -> str:

@@ -173,5 +173,5 @@ def _comparable(value: object) -> object:
 
 def _quoted(change: Change, value: object, ts: float | None) -> bytes:
     """What the dead letter shows."""
-    quoted = _text(value)[:QUOTED].encode(errors="replace").decode()
+    quoted = None if value is None else _text(value)[:QUOTED].encode(errors="replace").decode()
     return msgspec.json.encode({"node": change.node, "value": quoted, "ts": ts})
