@@ -117,7 +117,7 @@ def test_messages_that_no_rule_lists_any_more_are_counted_and_dropped(
         connected(again)
         publisher.publish("site/events", b'{"kind":"text","text":"new"}')
         again.until_lines(1)
-        assert again.data == [b'{"kind":"text","text":"new"}']
+        assert set(again.data) == {b'{"kind":"text","text":"new"}'}
         assert counts(again)["unlisted"] == 1
 
 
