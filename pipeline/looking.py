@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import msgspec
 
 from pipeline.config import Config
+from pipeline.control import ControlError, NoIngestError, ask
 from pipeline.report import Report, ShardReport, build_report, format_report, window_label
 from pipeline.roles import model_folder
 from pipeline.shards import numbers, shard_name, sources_of
+from pipeline.tap_text import format_source
 from storage.folder import DataFolder
 from storage.opening import open_ring_reader
 from storage.registry import AuditRow, Registry
@@ -47,6 +50,8 @@ class Status(Report, kw_only=True):
     Attributes:
         ring_bytes: Of all rings together.
         first_seq, next_seq: Of the first shard.
+        live_sources: How each source of a running ingest stands: shard, name, connected, detail, counts and
+            lines that are waiting.
     """
 
     shards: list[ShardStatus]  # type: ignore[assignment]  # a ShardReport and more
@@ -57,6 +62,7 @@ class Status(Report, kw_only=True):
     next_seq: int
     newest_dead_letters: list[dict[str, Any]]
     under_way: str
+    live_sources: list[dict[str, Any]]
 
 
 def status(config: Config) -> tuple[Status, str]:
@@ -83,9 +89,21 @@ def status(config: Config) -> tuple[Status, str]:
         next_seq=shards[0].next_seq if shards else 0,
         newest_dead_letters=[letter for _, letter in letters[-NEWEST_DEAD:]],
         under_way=", ".join(under_way[-1:]),
+        live_sources=_live_sources(folder),
         **{name: getattr(report, name) for name in Report.__struct_fields__} | {"shards": shards},
     )
     return whole, _format(whole)
+
+
+def _live_sources(folder: DataFolder) -> list[dict[str, Any]]:
+    """What running ingest processes say of their sources; those that say nothing are left out."""
+    with contextlib.suppress(NoIngestError, ControlError, OSError):
+        return [
+            {"shard": shard, "name": name, **state}
+            for shard, answer in ask(folder, "sources").items()
+            for name, state in answer["sources"].items()
+        ]
+    return []
 
 
 def _look_at(
@@ -207,6 +225,9 @@ def _format(whole: Status) -> str:
         if len(whole.shards) > 1:
             lines.append(f"shard        {shard.shard}: {_standing(shard)}")
         lines.append(f"ring         {_filled(shard.ring_bytes)}, {seqs}")
+    for source in whole.live_sources:
+        standing = (source["connected"], source["detail"], source["counts"], source["waiting"])
+        lines.append(format_source(source["name"], *standing))
     if whole.under_way:
         lines.append(f"under way    {whole.under_way}")
     for letter in whole.newest_dead_letters:
