@@ -10,7 +10,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -212,7 +212,7 @@ class OpcuaSource(msgspec.Struct, frozen=True, kw_only=True):
     """An OPC UA server whose nodes are subscribed to."""
 
     url: Annotated[str, Meta(min_length=1)]
-    """The server, as in "opc.tcp://10.0.0.5:4840"."""
+    """The server, as in "opc.tcp://10.0.0.5:4840"; 4840 is also the port where none is named."""
     nodes: dict[str, OpcuaNode]
     """Node id -> what its values become, as in { "ns=2;s=Pump1.Pressure" = { tag = "pressure", source =
     "pump-1", unit = "bar" } }. "nsu=URI;s=NAME" finds the namespace by its URI."""
@@ -238,13 +238,13 @@ class OpcuaSource(msgspec.Struct, frozen=True, kw_only=True):
     sampling_interval: Duration = Duration(0)
     """The server looks at each node so often; "0s" is once a publishing interval."""
     queue_size: Annotated[int, Meta(ge=1, le=10_000)] = 100
-    """The server keeps so many values of a node while they cannot be sent; what it drops beyond that is
-    counted as gaps, where the server says so."""
+    """The server keeps so many values of a node while they cannot be sent, or while ingest's queue is full;
+    what it drops beyond that is counted as gaps, where the server says so."""
     timeout: Duration = Duration(4)
     """A server that does not answer for so long is taken for gone."""
     bad_values: Literal["count", "refuse"] = "count"
-    """A value that the server itself calls bad is never stored: "count" counts it, "refuse" makes it a dead
-    letter with the server's reason as well."""
+    """A value that the server itself calls bad, or that is no finite number, is never stored: "count" counts
+    it, "refuse" makes it a dead letter with the reason as well. One that it calls uncertain is stored."""
 
     def faults(self) -> Iterator[SourceFault]:
         """What does not fit."""
@@ -255,7 +255,9 @@ class OpcuaSource(msgspec.Struct, frozen=True, kw_only=True):
                 "no node: there is nothing to subscribe to",
                 'as in "ns=2;s=Name" = { tag = "name" }',
             )
-        for node in self.nodes:
+        for node, table in self.nodes.items():
+            if table.text and table.deadband:
+                yield "nodes", f'"{node}": a text has no deadband', "remove deadband"
             if not _NODE_ID.fullmatch(node):
                 yield (
                     "nodes",
@@ -271,7 +273,7 @@ class OpcuaSource(msgspec.Struct, frozen=True, kw_only=True):
 
     def _faults_of_the_server(self) -> Iterator[SourceFault]:
         parts = urlsplit(self.url)
-        if parts.scheme != "opc.tcp" or not parts.hostname:
+        if parts.scheme != "opc.tcp" or not parts.hostname or not _is_port(parts):
             yield "url", "no address of an OPC UA server", 'write it as in "opc.tcp://10.0.0.5:4840"'
         elif "@" in parts.netloc:
             yield "url", "holds a user or a password", "move them to username and password"
@@ -388,6 +390,14 @@ class ModbusSource(msgspec.Struct, frozen=True, kw_only=True):
             yield "registers", f"{at}{register.holds} reaches beyond address 65535", "correct the address"
         if register.scale == 0:
             yield "registers", f"{at}scale 0 makes every value the same", "leave it out, or correct it"
+
+
+def _is_port(parts: SplitResult) -> bool:
+    """Whether the port is one, or none is named."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _repeated(key: str, tags: Iterable[tuple[str, str]]) -> Iterator[SourceFault]:
