@@ -112,6 +112,8 @@ def shaper_for(source: Source) -> Callable[[], Shaper]:
 
 def texts_of(lines: Sequence[NumberedLine], encoding: Encoding, *, replace: bool) -> list[str | None]:
     """Decode lines, all at once where that goes; None for each that is not of the encoding."""
+    if not lines:
+        return []  # to join and split them again would give one
     raw = b"\n".join([data for _, data in lines])
     try:
         return [*raw.decode(encoding, "replace" if replace else "strict").split("\n")]

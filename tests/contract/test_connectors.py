@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 import time
@@ -17,9 +18,12 @@ import zstandard
 
 from pipeline.capture import CaptureWriter
 from pipeline.events import MAX_EVENT_BYTES, Line, Origin
+from pipeline.format_settings import CsvFormat, PatternFormat
+from pipeline.sources.csv_rows import CsvPlan, CsvRows
 from pipeline.sources.files import FilesConnector
 from pipeline.sources.inbox import QUEUE_BYTES, QUEUE_LINES, Connector, Inbox
 from pipeline.sources.lines import READ_BYTES
+from pipeline.sources.patterns import LinePlan, PatternLines
 from pipeline.sources.replay import ReplayConnector
 from pipeline.sources.stdin import StdinConnector
 from tests.sources import Reader, reading
@@ -51,6 +55,22 @@ def _file(folder: Path, lines: list[bytes], *, packed: bool = False) -> Path:
     return path
 
 
+def _csv(folder: Path, lines: list[bytes]) -> Connector:
+    """Under a header, the texts of the events; what is no event has one cell too few, and is refused."""
+    rows = [re.sub(rb'^{"kind":"text","text":"(\w*)"}$', rb"text|\1", line) for line in lines]
+    plan = CsvPlan(CsvFormat(delimiter="|", text="what"))
+    return FilesConnector(
+        "site", str(_file(folder, [b"kind|what", *rows])), lambda: CsvRows(plan), finite=True
+    )
+
+
+def _log(folder: Path, lines: list[bytes]) -> Connector:
+    """The events themselves as log lines, taken apart and made again; what is no event does not fit."""
+    regex = r'{"kind":"text","text":"(?P<text>\w*)"}$'
+    plan = LinePlan(PatternFormat(regex=regex, strip_control=False))
+    return FilesConnector("site", str(_file(folder, lines)), lambda: PatternLines(plan), finite=True)
+
+
 def _capture(folder: Path, lines: list[bytes]) -> Path:
     if not (folder / "capture").exists():
         with CaptureWriter(folder / "capture", gateway="g", config="c") as writer:
@@ -78,6 +98,8 @@ KINDS = [
         lambda at, lines: FilesConnector("site", str(_file(at, lines, packed=True)), finite=True),
         True,
     ),
+    Kind("csv", _csv, True),
+    Kind("log lines", _log, True),
     Kind("stdin", _pipe, False),
     Kind("replayed lines", lambda at, lines: ReplayConnector(_file(at, lines)), True),
     Kind("replayed capture", lambda at, lines: ReplayConnector(_capture(at, lines)), True),

@@ -97,6 +97,13 @@ def test_the_header_is_read_again_where_a_restart_begins_in_mid_file(tmp_path: P
     assert [line.offset for line in (*reader.lines, *again.lines)] == [4, 8, 12]
 
 
+def test_a_header_may_come_alone() -> None:
+    """The file was just begun: its rows follow in a later piece."""
+    shaper = CsvRows(CsvPlan(CsvFormat()))
+    assert lines_of(shaper, "a,b") == ([], 0)
+    assert results(lines_of(shaper, "1,2")[0]) == [{"kind": "reading", "values": {"a": 1.0, "b": 2.0}}]
+
+
 def test_each_file_has_its_own_header(tmp_path: Path) -> None:
     (tmp_path / "1.csv").write_text("a,b\n1,2\n")
     (tmp_path / "2.csv").write_text("b,a\n1,2\n")
