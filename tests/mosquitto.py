@@ -33,6 +33,9 @@ class Mosquitto:
         settings: Lines of mosquitto.conf; by default those that the README asks for.
         port: Where it listens; 0 takes a free one.
         listener: Further lines for the listener (TLS).
+        access: Lines that say who is let in.
+        persistent: Whether sessions outlive it.
+        logged: What its log shows; "all" names every packet, which is slow.
     """
 
     UNLIMITED = ("max_inflight_messages 0", "max_queued_messages 0")
@@ -45,6 +48,7 @@ class Mosquitto:
         listener: tuple[str, ...] = (),
         access: tuple[str, ...] = ("allow_anonymous true",),
         persistent: bool = True,
+        logged: str = "all",
     ) -> None:
         self.port = port or free_port()
         self.folder = folder
@@ -54,7 +58,7 @@ class Mosquitto:
         kept = ("persistence true", f"persistence_location {folder}/") if persistent else ()
         lines = [
             f"listener {self.port} 127.0.0.1", *listener, *access, *settings, *kept,
-            f"log_dest file {self._log}", "log_type all", "user root",
+            f"log_dest file {self._log}", f"log_type {logged}", "user root",
         ]  # fmt: skip
         self._conf = folder / "mosquitto.conf"
         self._conf.write_text("\n".join(lines) + "\n")
@@ -92,6 +96,12 @@ class Mosquitto:
         """Let it run again."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        assert self._process is not None
+        return self._process.pid
 
     def log(self) -> str:
         """What it wrote to its log."""
