@@ -7,10 +7,12 @@ is written out whole may be a link: the operator named it.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["Identity", "Reach"]
@@ -34,8 +36,11 @@ class Reach:
     def paths(self) -> list[str]:
         """Whatever matches at present, sorted; also what is no regular file."""
         if os.path.isdir(self._pattern):  # noqa: PTH112 - of a text, four times a second
-            return sorted(glob.glob(os.path.join(glob.escape(self._pattern), "*")))  # noqa: PTH118, PTH207
-        return sorted(glob.glob(self._pattern, recursive=True))  # noqa: PTH207 - absolute patterns
+            return sorted(_beneath(self._pattern, ["*"]))
+        if self._literal:
+            return [self._pattern] if self._stat(self._pattern) else []
+        steps = [step for step in self._pattern.removeprefix(self._prefix).split("/") if step]
+        return sorted(set(_beneath(self._prefix, steps)))  # a file can match ** in two ways
 
     def files(self) -> tuple[dict[Identity, str], dict[str, str]]:
         """What can be read at present. Returns: (file -> its first path, path left alone -> why)."""
@@ -96,6 +101,32 @@ def _written_out(pattern: str) -> str:
     while glob.has_magic(head):
         head = os.path.dirname(head)  # noqa: PTH120 - as above
     return head or "."
+
+
+def _beneath(folder: str, steps: list[str]) -> Iterator[str]:
+    """What matches a pattern's steps beneath a folder; hidden names only where a step is, links not entered.
+
+    As glob.glob finds it, but that enters links: one to "/" would have us list the whole disk.
+    """
+    waiting = [(folder, [*steps, "*"] if steps[-1] == "**" else steps)]
+    while waiting:  # no recursion: whoever may write there decides how deep it is
+        folder, steps = waiting.pop()
+        step, rest = steps[0], steps[1:]
+        if step == "**":
+            waiting.append((folder, rest))
+            step, rest = "*", steps
+        try:
+            with os.scandir(folder) as entries:
+                found = [(entry.name, entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        except OSError:
+            continue
+        for name, path, is_folder in found:
+            if not fnmatch.fnmatchcase(name, step) or (name[0] == "." and step[0] != "."):
+                continue
+            if not rest:
+                yield path
+            elif is_folder:
+                waiting.append((path, rest))
 
 
 def _regular(fd: int) -> io.FileIO:

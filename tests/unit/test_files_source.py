@@ -14,6 +14,7 @@ import zstandard
 from pipeline.events import MAX_EVENT_BYTES
 from pipeline.sources import files as files_module
 from pipeline.sources.files import FilesConnector
+from pipeline.sources.reach import Reach
 from tests.sources import Reader, reading
 
 
@@ -477,3 +478,19 @@ def test_a_damaged_packed_file_stops_a_finite_run_and_not_a_daemon(tmp_path: Pat
                 break
             finite.take()
         assert "damaged after" in str(finite.inbox.fault)
+
+
+def test_a_pattern_of_any_depth_enters_no_links(tmp_path: Path) -> None:
+    """Whoever may write there could else have us list the whole disk."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "x.log").write_bytes(b"1\n")
+    (tmp_path / "in" / "sub" / ".x.log").write_bytes(b"hidden\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.log").write_bytes(b"secret\n")
+    (tmp_path / "in" / "loop").symlink_to(".")
+    (tmp_path / "in" / "out").symlink_to(tmp_path / "out")
+    for pattern in ("**/*.log", "**/x.log", "*/x.log", "**"):
+        found, _ = Reach(f"{tmp_path}/in/{pattern}").files()
+        assert [*found.values()] == [f"{tmp_path}/in/sub/x.log"]
+    with follow(f"{tmp_path}/in/**/*.log", finite=True) as reader:
+        assert reader.to_end() == [b"1"]
