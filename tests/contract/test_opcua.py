@@ -81,6 +81,28 @@ def state_of(reader: Reader) -> SourceState:
     return reader.inbox.state(reader.connector)
 
 
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"url": "http://10.0.0.5:4840"}, "url"),
+        ({"url": "opc.tcp://10.0.0.5:99999"}, "url"),
+        ({"url": "opc.tcp://user:secret@10.0.0.5"}, "url"),
+        ({"security": "sign"}, "cert_file"),
+        ({"cert_file": "gateway.pem"}, "cert_file"),
+        ({"password": "x"}, "password"),
+        ({"nodes": {}}, "nodes"),
+        ({"nodes": {"Pump1": OpcuaNode(tag="v")}}, "nodes"),
+        ({"nodes": {"i=1": OpcuaNode(tag="v"), "i=2": OpcuaNode(tag="v")}}, "nodes"),
+        ({"nodes": {"i=1": OpcuaNode(tag="v", text=True, deadband=1.0)}}, "nodes"),
+        ({"timeout": Duration(0)}, "timeout"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(more: dict[str, Any], key: str) -> None:
+    right = OpcuaSource(url="opc.tcp://10.0.0.5", nodes={"i=1": OpcuaNode(tag="v")}, security="none")
+    assert list(right.faults()) == []
+    assert key in [fault for fault, _, _ in msgspec.structs.replace(right, **more).faults()]
+
+
 def test_values_come_with_their_time_and_unit(shared: OpcuaServer, variable: Callable[..., str]) -> None:
     node = variable("v", 0.0)
     nodes = {node: OpcuaNode(tag="pressure", source="pump-1", unit="bar")}
