@@ -351,7 +351,7 @@ def disconnect() -> bytes:
 def reason_text(version: Version, reason: int, text: str = "") -> str:
     """A reason code in words; `text` is what the broker says itself."""
     known = _REASONS if version == 5 else _CONNECT_REASONS_3
-    said = text.encode("ascii", "replace").decode()[:100]
+    said = "".join(char if char.isprintable() else "?" for char in text[:100])
     return known.get(reason, f"reason {reason:#04x}") + (f" ({said})" if said else "")
 
 
