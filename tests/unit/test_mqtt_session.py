@@ -229,3 +229,41 @@ def test_a_row_of_any_bytes_is_read_or_left(data: bytes) -> None:
     _, row = committed(message())
     for one in (data, row[:9] + data):
         Deliveries("one", one).row()
+
+
+def test_an_answered_ping_says_nothing_of_a_message_that_took_the_id_over() -> None:
+    for asked_before in (True, False):
+        session, _ = committed(message(b"a"))
+        assert session.acknowledge() == [1]
+        if asked_before:
+            assert session.ask()
+        run = session.begin()
+        assert session.take(message(b"b"), run), "the broker has the PUBACK: the id is free"
+        session.close(run)
+        session.ask()
+        session.answered()
+        session.settled(run)
+        session.connected(True)
+        assert not session.take(message(b"b", dup=True), session.begin())
+
+
+def test_what_waits_for_its_commit_since_an_earlier_connection_is_not_forgotten() -> None:
+    session = Deliveries("one")
+    session.connected(False)
+    run = session.begin()
+    session.take(message(), run)
+    session.close(run)
+    session.connected(True)
+    session.forget_old()
+    assert not session.take(message(dup=True), session.begin())
+    session.settled(run)
+    assert session.acknowledge() == [1]
+
+
+def test_what_the_broker_does_not_send_again_is_forgotten_in_the_end() -> None:
+    session, _ = committed(message(packet_id=1), message(packet_id=2))
+    session.connected(True)
+    assert not session.take(message(packet_id=2, dup=True), session.begin())
+    full = len(session.row())
+    session.forget_old()
+    assert len(session.row()) == full - 6, "it had the acknowledgement of 1"
