@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import os
+import random
 import select
 import struct
 import threading
@@ -12,17 +15,20 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
 import pytest
 from pymodbus import FramerType
 
+from pipeline import config
 from pipeline.decode import decode_event
 from pipeline.events import Reading
 from pipeline.source_settings import ModbusRegister, ModbusSource
 from pipeline.sources.inbox import Backoff, Inbox, QueueLimits, SourceState
 from pipeline.sources.modbus import ModbusConnector
 from pipeline.units import Duration
+from tests.loops import LoopInThread
 from tests.modbus_server import ModbusServer
 from tests.relay import Relay
 from tests.sources import Reader, reading
@@ -302,3 +308,110 @@ def serial_line() -> Iterator[tuple[str, str]]:
         thread.join(5)
         for end in (a, here, b, there):
             os.close(end)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_that_sends_nonsense_breaks_nothing(seed: int) -> None:
+    """Random bytes, right frames around random contents, and answers longer than anybody asked for."""
+    rng = random.Random(seed)
+
+    def answer(request: bytes) -> bytes:
+        noise = rng.randbytes(rng.randint(0, 300))
+        body = [
+            noise,
+            request[7:8] + noise,
+            b"\x03\x02" + noise[:2],
+            b"\x83" + noise[:1],
+            b"\x03\xff" + noise,
+        ]
+        frame = rng.choice(body)
+        head = request[:4] + struct.pack(">HB", len(frame) + 1, 1)
+        return rng.choice([noise, head + frame, request])
+
+    with talker(answer) as port, reading(connector(port, holding("v", 0), timeout=Duration(0.05))) as reader:
+        reader.settle(1.0)
+        assert reader.inbox.fault is None
+        assert reader.connector.name in {thread.name for thread in threading.enumerate()}
+        for data in reader.data:
+            assert isinstance(decode_event(data), Reading)
+
+
+HOST = {"host": "10.0.0.7"}
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({}, "expected either host or serial"),
+        ({**HOST, "serial": "/dev/ttyS0"}, "expected either host or serial"),
+        ({"serial": "/dev/ttyS0", "rtu_over_tcp": True}, "has no effect with serial"),
+        ({**HOST, "registers": []}, "no register"),
+        ({**HOST, "interval": "0s"}, "expected more than 0"),
+        ({**HOST, "port": 0}, "expected a whole number from 1 to 65535"),
+        ({**HOST, "registers": [{"tag": "v", "address": 65_535, "type": "int32"}]}, "beyond address 65535"),
+        ({**HOST, "registers": [{"tag": "v", "address": 0, "scale": 0}]}, "makes every value the same"),
+        ({**HOST, "registers": [{"tag": "v", "address": 0, "table": "coil", "type": "int16"}]}, "holds bits"),
+        ({**HOST, "registers": [{"tag": "v", "address": n} for n in (0, 1)]}, 'tag "v" is there twice'),
+        (
+            {**HOST, "registers": [{"tag": "v", "address": 0, "source": "Not/A name"}]},
+            "expected a name of a-z",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(tmp_path: Path, table: dict[str, object], words: str) -> None:
+    table = {"registers": [{"tag": "v", "address": 0}]} | table
+    path = tmp_path / "edgewater.toml"
+    path.write_text(f'[[sources]]\nname = "a"\nkind = "modbus"\nmodbus = {toml(table)}\n')
+    with pytest.raises(config.ConfigError) as refused:
+        config.load(path)
+    assert words in str(refused.value)
+
+
+def test_settings_are_shown_as_they_can_be_loaded(tmp_path: Path) -> None:
+    scaled = {"tag": "v", "address": 3, "type": "float32", "scale": 0.1}
+    registers = [scaled, {"tag": "open", "address": 0, "table": "coil"}]
+    path = tmp_path / "edgewater.toml"
+    path.write_text(
+        f'[[sources]]\nname = "a"\nkind = "modbus"\nmodbus = {toml({**HOST, "registers": registers})}\n'
+    )
+    loaded = config.load(path)
+    again = tmp_path / "again.toml"
+    again.write_text(config.show(loaded))
+    assert config.load(again).sources == loaded.sources
+    table = loaded.sources[0].modbus
+    assert table is not None
+    assert [register.holds for register in table.registers] == ["float32", "bool"]
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(entry)}" for key, entry in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml(entry) for entry in value) + "]"
+    return json.dumps(value)
+
+
+@contextmanager
+def talker(answer: Callable[[bytes], bytes]) -> Iterator[int]:
+    """A TCP server that answers whatever comes with whatever it likes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while request := await reader.read(1_024):
+                writer.write(answer(request))
+                await writer.drain()
+        writer.transport.abort()
+
+    async def listen() -> asyncio.Server:
+        return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+    async def end(server: asyncio.Server) -> None:
+        server.close()
+
+    loop = LoopInThread()
+    server = loop.run(listen())
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.run(end(server))
+        loop.close()
