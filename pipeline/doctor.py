@@ -14,6 +14,7 @@ import storage.opening
 from pipeline.config import Config, ConfigError
 from pipeline.roles import foreign_packages, model_folder
 from pipeline.shards import numbers, shard_name, sources_of
+from pipeline.source_settings import MqttSource
 from storage.check import check_folder
 from storage.errors import StorageError
 from storage.folder import DataFolder
@@ -102,12 +103,24 @@ def _sources(config: Config) -> Iterator[Finding]:
             yield Finding("warning", f"source {source.name}", f"no file matches {source.path} yet")
         else:
             yield Finding("right", f"source {source.name}", source.kind)
+        if source.mqtt is not None:
+            yield from _broker(source.name, source.mqtt)
     if config.ingest.processes > 1:
         for number in range(1, config.ingest.processes + 1):
             names = ", ".join(source.name for source in sources_of(config, number))
             level: Literal["right", "warning"] = "right" if names else "warning"
             words = f"reads {names}" if names else "has no source: it is not started"
             yield Finding(level, f"ingest process {number}", words)
+
+
+def _broker(source: str, mqtt: MqttSource) -> Iterator[Finding]:
+    from pipeline.sources.mqtt_probe import measure_credit
+
+    credit = measure_credit(source, mqtt)
+    yield Finding("right" if credit.good else "warning", f"broker of {source}", credit.words)
+    if mqtt.url.startswith("mqtt:") and mqtt.password:
+        words = "the password goes over the network in the clear: use mqtts://"
+        yield Finding("warning", f"broker of {source}", words)
 
 
 def _model(config: Config) -> Iterator[Finding]:
