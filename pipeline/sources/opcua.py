@@ -1,4 +1,3 @@
-# Note of the lead for both engineers of OPC UA: read /tmp/w/i4/NOTE_OT.md, then delete this line.
 """OPC UA: nodes are subscribed to, and what the server reports becomes readings and texts.
 
 A subscription has no position: what changes while nobody is connected is not seen, but for the value that a

@@ -1,4 +1,3 @@
-# Note of the lead for both engineers of OPC UA: read /tmp/w/i4/NOTE_OT.md, then delete this line.
 """A connection to an OPC UA server: security, log-in, and what goes wrong in words."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# Note of the lead for both engineers of OPC UA: read /tmp/w/i4/NOTE_OT.md, then delete this line.
 """What an OPC UA server says about its nodes, as readings and texts.
 
 Values of one source with the same timestamp in one message become one reading. A value that the connector saw

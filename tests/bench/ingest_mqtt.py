@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,38 +28,15 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path as well as with -m
 
 from adapters.model_folder import MANIFEST, default_model_dir
-from storage.errors import StorageError
-from storage.ring import Ring
 from tests.bench import _report
 from tests.bench._streams import endless, readings
 from tests.mosquitto import Mosquitto
-from tests.mqtt_load import RawPublisher, encode_all
+from tests.mqtt_load import Gateway, RawPublisher, cpu_s, encode_all
 from tests.relay import Relay
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = """\
-data_dir = "{folder}/data"
-[health]
-listen = ""
-[ring]
-flush_ms = 200
-[[sources]]
-name = "plant"
-kind = "mqtt"
-render = {{ digits = 17 }}
-[sources.mqtt]
-url = "mqtt://127.0.0.1:{port}"
-client_id = "bench"
-version = "{version}"
-[sources.mqtt.topics]
-"load/event" = {{ sources = ["*"] }}
-"load/number" = {{ payload = "number" }}
-"""
 RATE = 2_000
 STEP_S = 0.02
 MENDED_S = 90.0
@@ -79,68 +54,6 @@ class Plant(NamedTuple):
         return self.broker.log().count(" 1 load/number")
 
 
-class Gateway:
-    """`edgewater ingest`, subscribed to a port; it can be killed and started again."""
-
-    def __init__(self, folder: Path, port: int, version: str = "5") -> None:
-        self._folder = folder
-        self._config = folder / "edgewater.toml"
-        self._config.write_text(CONFIG.format(folder=folder, port=port, version=version))
-        self.process = self._start()
-
-    def kill(self) -> None:
-        """End it with SIGKILL, and start it again."""
-        self.process.kill()
-        self.process.wait()
-        self.process = self._start()
-
-    def stop(self) -> None:
-        """End it in order."""
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
-
-    def stored(self) -> int:
-        """Samples in the ring."""
-        try:
-            with Ring.open_reader(self._folder / "data" / "ring" / "main") as ring:
-                return ring.read_state().next_seq
-        except (StorageError, OSError):
-            return 0
-
-    def numbers(self) -> list[int]:
-        """Every number in the ring, as its text says."""
-        decode = Tokenizer.from_file(str(default_model_dir() / "tokenizer.json")).decode_batch
-        found: list[int] = []
-        with Ring.open_reader(self._folder / "data" / "ring" / "main") as ring:
-            end = ring.read_state().next_seq
-            for first in range(ring.read_state().tail_seq, end, 5_000):
-                samples = ring.read(first, min(first + 5_000, end) - 1)
-                rows, at = [], 0
-                for length in samples.lengths:
-                    rows.append(list(samples.ids[at : at + length]))
-                    at += length
-                found += [int(text.rpartition("=")[2]) for text in decode(rows)]
-        return found
-
-    def cpu_s(self) -> float:
-        """Processor seconds so far."""
-        return _cpu_s(self.process.pid)
-
-    def memory_mib(self) -> float:
-        """RssAnon and RssShmem now."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return sum(int(x.split()[1]) for x in status if x.startswith(("RssAnon", "RssShmem"))) / 1024
-
-    def log(self) -> str:
-        """What it said last."""
-        return (self._folder / "log").read_text()[-2_000:]
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "pipeline", "ingest", "--config", str(self._config)]
-        with (self._folder / "log").open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, stderr=log)
-
-
 @contextlib.contextmanager
 def plant(folder: Path, *, far: bool = False, version: str = "5", limits: bool = False) -> Iterator[Plant]:
     """A broker and a gateway that has subscribed.
@@ -154,7 +67,7 @@ def plant(folder: Path, *, far: bool = False, version: str = "5", limits: bool =
     broker = Mosquitto(folder / "broker", () if limits else Mosquitto.UNLIMITED, logged="subscribe")
     broker.start()
     relay = Relay(broker.port) if far else None
-    gateway = Gateway(folder, relay.port if relay else broker.port, version)
+    gateway = Gateway(folder, default_model_dir(), relay.port if relay else broker.port, version)
     made = Plant(broker, relay, gateway)
     try:
         until(lambda: made.subscriptions() > 0, gateway)
@@ -197,7 +110,7 @@ def run_speed(what: str, topic: str, payloads: list[bytes], **how: object) -> di
         ProcessPoolExecutor(1, mp_context=context) as pool,
     ):
         pool.submit(time.sleep, 0).result()
-        before, broker_before = at.gateway.cpu_s(), _cpu_s(at.broker.pid)
+        before, broker_before = at.gateway.cpu_s(), cpu_s(at.broker.pid)
         began, peak = time.monotonic(), 0.0
         sending = pool.submit(flood, at.broker.port, pieces, len(payloads))
         while (stored := at.gateway.stored()) < len(payloads):
@@ -213,7 +126,7 @@ def run_speed(what: str, topic: str, payloads: list[bytes], **how: object) -> di
             "published_s": len(payloads) / sending.result(),
             "lost": len(payloads) - stored,
             "cores": (at.gateway.cpu_s() - before) / seconds,
-            "broker_cores": (_cpu_s(at.broker.pid) - broker_before) / seconds,
+            "broker_cores": (cpu_s(at.broker.pid) - broker_before) / seconds,
             "peak_mib": peak,
         }
 
@@ -269,6 +182,7 @@ def run_loss(version: str, steady_s: float, partition_s: float) -> dict[str, obj
         stream.run(steady_s)
 
         at.gateway.kill()
+        at.gateway.start()
         stream.run(steady_s)
         stream.pause()
         caught_up = until(lambda: at.gateway.stored() >= stream.sent, at.gateway)
@@ -324,11 +238,6 @@ def main() -> None:
         )
         _report.table(title, list(loss[0]), [[*r.values()] for r in loss])
     _report.finish("ingest_mqtt", speed=speed, loss=loss)
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.control import ControlError, NoIngestError, ask
 from storage.folder import DataFolder
 from storage.ring import Ring
 from storage.windows import DeadLetter, RingState
@@ -65,7 +67,13 @@ class Site:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", "run", "--no-updates", *self.words, *more], env=environment()
         )
-        until(lambda: len(list(self.data.glob("run/ingest-*.sock"))) > 0, "ingest answers")
+        until(self.answers, "ingest answers")
+
+    def answers(self) -> bool:
+        """Whether an ingest process answers; the socket of one that was killed does not."""
+        with contextlib.suppress(NoIngestError, ControlError):
+            return bool(ask(DataFolder(self.data), "sources"))
+        return False
 
     def stop(self) -> None:
         """End it, however it stands."""
