@@ -18,8 +18,8 @@ from storage.folder import DataFolder
 
 ROOT = Path(__file__).parents[2]
 VERBS = {
-    "capture", "config", "demo", "doctor", "ingest", "init", "model", "replay", "ring", "run", "score",
-    "status", "train", "update", "versions",
+    "capture", "config", "demo", "dlq", "doctor", "ingest", "init", "model", "replay", "ring", "run", "score",
+    "status", "tap", "train", "update", "versions",
 }  # fmt: skip
 NOBODY = 65_534
 # Modules first: that user may not be able to read them.
