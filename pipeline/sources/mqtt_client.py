@@ -200,7 +200,7 @@ class Connection:
         """The packets that one read completes, perhaps none of them; None where there is nothing to read."""
         if self._early:
             early, self._early = self._early, []
-            return early
+            return self._for_caller(early)
         assert self._socket is not None
         try:
             data = self._socket.recv(READ_BYTES)
@@ -209,7 +209,7 @@ class Connection:
         if not data:
             raise ConnectionResetError("the broker closed the connection")
         self._heard_at = time.monotonic()
-        return [packet for packet in self._parser.feed(data) if type(packet) is Publish or self._pass(packet)]
+        return self._for_caller(self._parser.feed(data))
 
     def send(self, data: bytes) -> None:
         """Send, now as far as the other side takes it, the rest when it does."""
@@ -257,6 +257,9 @@ class Connection:
             self.send(disconnect())
         self._socket.close()
         self._socket = None
+
+    def _for_caller(self, packets: list[Packet]) -> list[Packet]:
+        return [packet for packet in packets if type(packet) is Publish or self._pass(packet)]
 
     def _pass(self, packet: Packet) -> bool:
         """Whether a packet that is no message is for the caller."""
@@ -314,15 +317,14 @@ class Connection:
                 continue
             if not data:
                 raise ConnectionResetError("the broker closed the connection instead of answering")
+            if data[0] != 0x20 and not self._parser.held_bytes:
+                raise MqttError("no MQTT broker: it did not answer with CONNACK")
             packets = self._parser.feed(data)
             if not packets:
                 continue
             first = packets[0]
             version = self._login.version
-            if isinstance(first, Disconnect):
-                raise MqttError(reason_text(version, first.reason, first.text))
-            if not isinstance(first, ConnAck):
-                raise MqttError("no MQTT broker: it did not answer with CONNACK")
+            assert isinstance(first, ConnAck), "its first byte says so"
             if first.reason >= (REFUSED if version == 5 else 1):
                 raise MqttError(f"the broker refuses us: {reason_text(version, first.reason, first.text)}")
             if first.keepalive_s:
