@@ -68,7 +68,8 @@ def show_letter(config: Config, name: str) -> tuple[dict[str, Any], str]:
     folder = DataFolder.open(config.data_dir, create=False)
     shards = folder.shards()
     ((shard, number),) = _places(shards, [name])
-    letter = _letter(folder, shard, number)
+    with open_ring_reader(folder.ring / shard) as ring:
+        letter = ring.dead_letter(number)
     if letter is None:
         raise StorageError(f"there is no dead letter {name}", hint="see `edgewater dlq list`")
     row = _row(shards, shard, number, letter)
@@ -178,9 +179,9 @@ def _in_its_place(
             raise StorageError(
                 f"an ingest process holds shard {shard}, and does not answer", hint=hint
             ) from error
-        run = LetterRun(
-            [(number, _letter(folder, shard, number)) for number in numbers], do, allowed_sources(config)
-        )
+        with open_ring_reader(folder.ring / shard) as ring:
+            letters = [(number, ring.dead_letter(number)) for number in numbers]
+        run = LetterRun(letters, do, allowed_sources(config))
         if not run.idle:
             options = IngestOptions(finite=True, shard=shard)
             ingest(config, folder, model_folder(config), [run], options, stop, opened=begun.close)
@@ -190,11 +191,6 @@ def _in_its_place(
 def _letters(folder: DataFolder, shard: str) -> list[tuple[int, DeadLetter]]:
     with open_ring_reader(folder.ring / shard) as ring:
         return ring.dead_letters(EVERY)
-
-
-def _letter(folder: DataFolder, shard: str, number: int) -> DeadLetter | None:
-    with open_ring_reader(folder.ring / shard) as ring:
-        return ring.dead_letter(number)
 
 
 def _places(shards: Sequence[str], names: Sequence[str]) -> list[Place]:
