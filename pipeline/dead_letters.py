@@ -29,8 +29,8 @@ from storage.ring import Ring
 from storage.windows import DeadLetter
 
 __all__ = [
-    "NAME", "LetterDesk", "LetterOutcome", "LetterRun", "RefusalLog", "allowed_sources", "why_not",
-    "with_letters",
+    "NAME", "LetterDesk", "LetterOutcome", "LetterRun", "LetterWork", "RefusalLog", "allowed_sources",
+    "why_not", "with_letters",
 ]  # fmt: skip
 
 NAME = "dlq:letters"  # of the connector

@@ -1,4 +1,4 @@
-"""Dead letters in the ring: deleted in any order, with nothing else that changes."""
+"""Dead letters: deleted from the ring in any order, and how they are made lines again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import config
+from pipeline.dead_letters import LetterRun, LetterWork, RefusalLog, allowed_sources, why_not
+from pipeline.events import MAX_EVENT_BYTES
 from storage.check import check_ring
 from storage.export import export_ring, import_ring
 from storage.ring import Ring
@@ -114,3 +117,74 @@ def test_an_export_and_a_rebuild_keep_deleted_letters_deleted(tmp_path: Path) ->
         assert damage(folder) == []
         with Ring.open_reader(folder) as reader:
             assert numbers(reader) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def test_the_log_tells_of_refused_inputs_at_once_and_then_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = [0.0]
+    refusals = RefusalLog("main", lambda: now[0])
+    for second in range(130):
+        now[0] = float(second)
+        refusals.note(1_000 if second < 100 else 0)
+    words = "main: {} inputs were refused: see `edgewater dlq list`"
+    assert [record.getMessage() for record in caplog.records] == [
+        words.format("1,000"), words.format("60,000"), words.format("39,000"),
+    ]  # fmt: skip
+
+
+def test_only_a_whole_json_object_can_be_fed_again() -> None:
+    def letter(data: bytes) -> DeadLetter:
+        return DeadLetter("s", "p", 1.0, "r", data)
+
+    assert why_not(letter(b'{"kind":"text","prio":1}')) == ""
+    for data in (b"", b"x", b"[1]", b"3", b'{"a":1', b"\xff", b"[" * 100_000):
+        assert "no JSON object" in why_not(letter(data))
+    assert "cut at 256 KiB" in why_not(letter(b'{"a":"' + b"x" * MAX_EVENT_BYTES))
+
+
+def test_an_event_without_a_time_gets_the_one_at_which_it_was_refused() -> None:
+    """As data, so that a capture holds it; what says its own time, or is no event, stays as it is."""
+    cases = {
+        b' {"kind":"text","text":"x"}': b'{"ts":1700000000.25,"kind":"text","text":"x"}',
+        b'{"ts":1,"kind":"text"}': b'{"ts":1,"kind":"text"}',
+        b"{}": b"{}",
+    }
+    letters = [(n, DeadLetter("s", "p", 1_700_000_000.25, "r", data)) for n, data in enumerate(cases)]
+    run = LetterRun(letters, "retry", lambda source: frozenset())
+    (chunk,) = run._chunks
+    assert [line.data for line in chunk.lines] == list(cases.values())
+    assert [line.place for line in chunk.lines] == ["p"] * 3
+
+
+def test_a_retry_may_name_no_source_that_its_connector_would_refuse(tmp_path: Path) -> None:
+    """Of the rules of an MQTT source the strictest; of one that the configuration does not name, none."""
+    file = tmp_path / "edgewater.toml"
+    file.write_text(
+        '[[sources]]\nname = "f"\nkind = "files"\npath = "/x"\n'
+        '[[sources]]\nname = "h"\nkind = "http"\n[sources.http]\nsources = ["a"]\n'
+        '[[sources]]\nname = "any"\nkind = "http"\n'
+        '[sources.http]\nlisten = "127.0.0.1:9"\nsources = ["*"]\n'
+        '[[sources]]\nname = "m"\nkind = "mqtt"\n[sources.mqtt]\nurl = "mqtt://127.0.0.1"\n'
+        '[sources.mqtt.topics]\n"x/#" = { sources = ["a", "b"] }\n"y/#" = { sources = ["b"] }\n'
+        '"z/#" = { sources = ["*"] }\n'
+    )
+    allowed = allowed_sources(config.load(file, require_sources=False))
+    assert [allowed(name) for name in ("f", "h", "any", "m", "made-by-a-topic")] == [
+        None, frozenset({"a"}), None, frozenset({"b"}), frozenset({"b"}),
+    ]  # fmt: skip
+    file.write_text('[[sources]]\nname = "f"\nkind = "files"\npath = "/x"\n')
+    assert allowed_sources(config.load(file, require_sources=False))("gone") == frozenset()
+
+
+def test_letters_go_in_chunks_that_the_smallest_ring_can_take() -> None:
+    data = [b'{"a":"%s"}' % (b"x" * 1_000 * (n % 40)) for n in range(400)]
+    letters = [(n, DeadLetter("s", "p", 1.0, "r", one)) for n, one in enumerate(data)]
+    for do, most in (("retry", 400), ("purge", 256)):
+        chunks = LetterRun(letters, do, lambda source: None)._chunks  # type: ignore[arg-type]
+        works = [chunk.receipt for chunk in chunks if isinstance(chunk.receipt, LetterWork)]
+        assert [n for work in works for n in work.numbers] == list(range(400))
+        for chunk, work in zip(chunks, works, strict=True):
+            sizes = [len(line.data) for line in chunk.lines]
+            assert len(work.numbers) <= most
+            assert sum(sizes) <= (33 << 10) or len(sizes) == 1
