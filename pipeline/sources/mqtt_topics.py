@@ -202,6 +202,7 @@ def _flat_json(time_key: str, count: Callable[[str, int], None], payload: bytes)
         return [(payload, "no numbers in the JSON object")]
     event: dict[str, object] = {"kind": "reading", "values": values}
     if isinstance(time, (int, float)) and not isinstance(time, bool):
+        time = max(-1e300, min(time, 1e300))  # an integer of any length; decode refuses what is no time
         event["ts"] = time / 1_000 if abs(time) > _MILLISECONDS else time
     elif isinstance(time, str):
         event["ts"] = time

@@ -159,7 +159,9 @@ def _only(units: Mapping[str, str], values: Mapping[str, float]) -> dict[str, st
 
 
 def _text(value: object) -> str:
-    return str(value.Text) if isinstance(value, ua.LocalizedText) else str(value)
+    """A value as Unicode: bytes that are no UTF-8 come as lone surrogates, which no JSON can hold."""
+    text = str(value.Text) if isinstance(value, ua.LocalizedText) else str(value)
+    return text.encode(errors="replace").decode()
 
 
 def _comparable(value: object) -> object:
@@ -172,5 +174,5 @@ def _comparable(value: object) -> object:
 
 def _quoted(change: Change, value: object, ts: float | None) -> bytes:
     """What the dead letter shows."""
-    quoted = None if value is None else _text(value)[:QUOTED].encode(errors="replace").decode()
+    quoted = None if value is None else _text(value)[:QUOTED]
     return msgspec.json.encode({"node": change.node, "value": quoted, "ts": ts})

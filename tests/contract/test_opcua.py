@@ -242,6 +242,18 @@ def test_strings_become_texts_only_where_the_settings_say_so(
     assert refused == "holds str, no number: set text = true"
 
 
+def test_a_text_that_is_no_unicode_is_stored_with_a_mark_for_what_cannot_be_read(
+    shared: OpcuaServer, variable: Callable[..., str]
+) -> None:
+    text = variable("t", b"Druck \xfc 3".decode(errors="surrogateescape"))  # latin-1, as old devices send it
+    words = variable("w", ua.LocalizedText("\udcff"))
+    nodes = {text: OpcuaNode(tag="t", text=True), words: OpcuaNode(tag="w", text=True)}
+    with reading(connector(shared.url, nodes)) as reader:
+        reader.until_lines(2)
+        assert {event.text for event in events(reader) if isinstance(event, Text)} == {"Druck ? 3", "?"}
+        assert reader.inbox.fault is None
+
+
 def test_what_is_no_single_value_is_refused(shared: OpcuaServer, variable: Callable[..., str]) -> None:
     node = variable("v", [1.0, 2.0])
     with reading(connector(shared.url, {node: OpcuaNode(tag="v")})) as reader:

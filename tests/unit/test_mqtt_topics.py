@@ -182,6 +182,14 @@ def test_flat_json_brings_its_time(time: bytes, ts: object) -> None:
         assert msgspec.json.decode(data) == {"kind": "reading", "values": {"a": 1}, "ts": ts}
 
 
+@pytest.mark.parametrize("time", [b"9" * 400, b"-" + b"9" * 400])
+def test_a_time_with_more_digits_than_a_float_holds_breaks_nothing(time: bytes) -> None:
+    """It did: the broker sent the message again to each new ingest process, and each of them ended."""
+    ((data, refused),) = convert(MqttTopic(payload="json", time="t"), b'{"t":%s,"a":1}' % time)
+    assert not refused
+    assert abs(msgspec.json.decode(data)["ts"]) > 1e15, "decode refuses it: no time is so far away"
+
+
 def test_lines_are_events_and_too_many_are_refused_whole() -> None:
     rule = MqttTopic(payload="lines")
     assert convert(rule, b"a\n\n b \nc") == [(b"a", ""), (b" b ", ""), (b"c", "")]
