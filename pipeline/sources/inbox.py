@@ -218,7 +218,7 @@ class Inbox:
         self._lock = threading.Lock()
         self._taken = threading.Condition(self._lock)
         self._given = threading.Condition(self._lock)
-        self._virtual = 0.0  # what the queue served last had been served
+        self._virtual = 0.0  # the most that a queue had been served when it was served
         self.closed = threading.Event()
 
     def opened(self, connector: Connector) -> None:
@@ -263,8 +263,8 @@ class Inbox:
     def oldest_arrival(self) -> float | None:
         """Arrival of the oldest line that waits, seconds; None where none does."""
         with self._lock:
-            chunks = [queue.chunks[0] for queue in self._queues.values() if queue.chunks]
-        return min((chunk.lines[0].origin.arrival for chunk in chunks if chunk.lines), default=None)
+            chunks = [next((c for c in q.chunks if c.lines), None) for q in self._queues.values()]
+        return min((chunk.lines[0].origin.arrival for chunk in chunks if chunk), default=None)
 
     def put(self, chunk: Chunk) -> bool:
         """Hand over a chunk, waiting for room where the source blocks. Returns: False if closed meanwhile."""
@@ -291,7 +291,9 @@ class Inbox:
                 queue = self._next(now)
                 if queue is not None:
                     chunk = queue.pop()
-                    self._virtual = queue.served
+                    # Never back: one that a rate held back was served least of all, and who begins now would
+                    # start from there, before all others.
+                    self._virtual = max(self._virtual, queue.served)
                     queue.served += max(1, len(chunk.lines))
                     self._taken.notify_all()
                     return chunk

@@ -212,3 +212,29 @@ def test_backoff_doubles_up_to_its_longest_wait_and_begins_anew() -> None:
     backoff.reset()
     assert backoff.next_s() == 0.5
     assert Backoff(1.0, 8.0, chance=lambda: 0.999).next_s() > 0.99
+
+
+def test_one_that_begins_late_does_not_displace_the_others_because_a_slow_one_was_served_last() -> None:
+    bench = Bench(flood=QueueLimits(), slow=QueueLimits(rate=1.0, burst=1.0), late=QueueLimits())
+    for number in range(20):
+        bench.offer("slow", number)
+    for number in range(300):
+        bench.offer("flood", number)
+    taken = [bench.inbox.get(0) for _ in range(200)]
+    bench.now += 1.0  # the slow one may go again: it was served least of all
+    taken.append(bench.inbox.get(0))
+    assert [chunk.connector.name for chunk in taken if chunk][-1] == "slow"
+    for number in range(300):
+        bench.offer("late", number)
+    names = [chunk.connector.name for _ in range(40) if (chunk := bench.inbox.get(0))]
+    assert names.count("flood") >= 19
+
+
+def test_what_a_dropped_chunk_leaves_does_not_hide_how_old_the_lines_behind_it_are() -> None:
+    bench = Bench(a=QueueLimits(lines=2, when_full="drop_newest", rate=1.0, burst=2.0))
+    for number in range(3):
+        bench.offer("a", number)
+    assert bench.taken() == [("a", [0], 0), ("a", [1], 0)]
+    for number in range(3, 5):
+        bench.offer("a", number)
+    assert bench.inbox.oldest_arrival == 100.0
