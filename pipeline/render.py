@@ -13,7 +13,7 @@ from pipeline.events import Reading
 __all__ = ["Deadband", "ReadingText", "TemplateError", "compile_template", "format_value"]
 
 
-MAX_FORMS = 256
+MAX_FORMS, MAX_FORM_NAMES = 256, 32_768  # of a source; the names of all together, about 3 MB of them
 
 
 class TemplateError(ValueError):
@@ -148,6 +148,7 @@ class ReadingText:
         self._source, self._tags, self._units, self._digits = source, tags, units, digits
         self._template = compile_template(template) if template else []
         self._forms: dict[object, _Form] = {}
+        self._form_names = 0
 
     def __call__(self, event: Reading) -> str:
         """A reading as text."""
@@ -179,8 +180,12 @@ class ReadingText:
         tags = tuple(tag for _, tag in pieces if tag in event.values)
         whole = None if tags == (*event.values,) else tags
         form = _Form("".join(numbers), "".join(texts), whole, "".join(literals).count("e"))
-        if len(self._forms) >= MAX_FORMS:  # a source may invent tags without end
+        count = len(event.values) + len(event.units)
+        # A source may invent tags without end, and an event may hold tens of thousands.
+        if len(self._forms) >= MAX_FORMS or self._form_names + count > MAX_FORM_NAMES:
             self._forms.clear()
+            self._form_names = 0
+        self._form_names += count
         self._forms[names] = form
         return form
 

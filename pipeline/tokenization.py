@@ -24,7 +24,7 @@ __all__ = ["BatchTokenizer", "TokenizeStep"]
 
 _NO_TEXT = ""
 SHORT_CHARS = 32
-MAX_KNOWN = 4_096  # short texts whose ids are remembered, a megabyte of them
+MAX_KNOWN, KNOWN_CHARS = 4_096, 128  # texts whose ids are remembered, and how long: at most a few MB
 CALLS_WITHOUT = 32
 
 
@@ -79,8 +79,8 @@ class BatchTokenizer:
             ]
             if len(self._known) + len(found) > MAX_KNOWN:
                 self._known.clear()
-            if len(found) <= MAX_KNOWN:
-                self._known |= found
+            if len(found) <= MAX_KNOWN:  # among many short ones a text may be of any length
+                self._known |= {text: part for text, part in found.items() if len(text) <= KNOWN_CHARS}
             if 2 * len(new) > len(texts):
                 self._calls_without = CALLS_WITHOUT
         ids: array[int] = array("I")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,3 +106,14 @@ def test_a_deadband_speaks_after_its_longest_silence() -> None:
     band = Deadband({}, 1.0, 60.0)
     assert band.silent({"p": 1.0}, {"p": 1.0}, 59.9)
     assert not band.silent({"p": 1.0}, {"p": 1.0}, 60.0)
+
+
+def test_a_source_that_invents_thousands_of_tags_does_not_fill_the_memory() -> None:
+    write = ReadingText("s", template="", tags=(), units={}, digits=3)
+    tracemalloc.start()
+    for event in range(20):
+        text = write(Reading(values={f"{event}-{tag}": 1.0 for tag in range(8_000)}))
+        assert text.startswith(f"s {event}-0=1 ") and text.endswith(f" {event}-7999=1")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 8 << 20  # of all 20 together it would be 20 MB

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from adapters.model_folder import BaseModelError, load_manifest
 from pipeline.dedup import NO_HASH
 from pipeline.events import Batch, Event, Exchange, Feedback, Line, Message, Origin, Reading, Text
-from pipeline.tokenization import MAX_KNOWN, BatchTokenizer, TokenizeStep
+from pipeline.tokenization import KNOWN_CHARS, MAX_KNOWN, BatchTokenizer, TokenizeStep
 
 FREELY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -69,6 +69,11 @@ def test_remembered_texts_are_bounded(tokenizer: BatchTokenizer) -> None:
         assert len(tokenizer._known) <= MAX_KNOWN
     tokenizer._encode_known([f"many {i}" for i in range(MAX_KNOWN + 1)])
     assert len(tokenizer._known) <= MAX_KNOWN
+
+
+def test_a_long_text_among_short_ones_is_not_remembered(tokenizer: BatchTokenizer) -> None:
+    tokenizer._encode_known(["pump"] * 10_000 + ["a long one " * 10_000])
+    assert max(map(len, tokenizer._known)) <= KNOWN_CHARS
 
 
 def test_an_exchange_is_in_the_models_chat_form_and_learns_the_assistants_turns(
