@@ -17,9 +17,10 @@ from storage.windows import DeadLetter
 __all__ = ["SourceRules"]
 
 MAX_REMEMBERED = 4_096
+MAX_BRACKETS = 256  # of JSON that is looked into: deeper than an event may be, and no risk to the stack
 ALL_MOVED = -1.0  # a band that every value has left
 # What JSON can write as itself, which a rule must see; and a backslash of its own, which begins nothing.
-_ESCAPED = re.compile(rb"\\\\|\\u([0-9A-Fa-f]{4})")
+_ESCAPED = re.compile(rb"\\\\|\\/|\\u([0-9A-Fa-f]{4})")
 
 
 class SourceRules:
@@ -90,12 +91,34 @@ class SourceRules:
     def redact_data(self, data: bytes) -> bytes:
         """The same for bytes that need not be an event."""
         text = _ESCAPED.sub(_unescape, data).decode(errors="surrogateescape")
-        return self._clean(text, None).encode(errors="surrogateescape")
+        return self._redact_strings(self._clean(text, None).encode(errors="surrogateescape"))
+
+    def _redact_strings(self, data: bytes) -> bytes:
+        """Take out of JSON what a rule sees only in its strings: a line end, say, cannot stand as itself."""
+        if b"\\" not in data or data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+            return data
+        try:
+            value = msgspec.json.decode(data)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return data
+        clean = self._cleaned(value)
+        return data if clean == value else msgspec.json.encode(clean)
+
+    def _cleaned(self, value: object) -> object:
+        match value:
+            case str():
+                return self.redact_text(value)
+            case list():
+                return [self._cleaned(one) for one in value]
+            case dict():
+                return {self.redact_text(key): self._cleaned(one) for key, one in value.items()}
+        return value
 
     def _redact_letter(self, letter: DeadLetter) -> DeadLetter:
         # Every rule: whose event this was meant to be is not known. The reason may quote the input.
         data, reason = self.redact_data(letter.data), self.redact_text(letter.reason)
-        return msgspec.structs.replace(letter, data=data, reason=reason)
+        # A letter without a reason is one that was deleted.
+        return msgspec.structs.replace(letter, data=data, reason=reason or "refused")
 
     def _redact_event(self, event: Event, source: str) -> Event:
         match event:
@@ -119,6 +142,8 @@ class SourceRules:
 
 
 def _unescape(found: re.Match[bytes]) -> bytes:
+    if found[0] == b"\\/":
+        return b"/"
     code = int(found[1] or b"22", 16)
     if code < 0x20 or 0xD800 <= code < 0xE000 or chr(code) in '"\\':
         return found[0]

@@ -131,6 +131,30 @@ def test_a_rule_sees_letters_that_json_escaped(tmp_path: Path) -> None:
     assert letter.data == '{"a":"-, -, caf\u00e9"'.encode()
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        rb'{"a":"see https:\/\/intra\/alice"}',
+        rb'{"a":"see https:\/\/intra\/alice',
+        rb'{"a":[{"b":"user\talice"}]}',
+        rb'{"user\nalice":1}',
+        rb'{"a":"\ud83d\ude00alice"}',
+    ],
+)
+def test_a_rule_sees_what_json_can_only_write_escaped(tmp_path: Path, refused: bytes) -> None:
+    patterns = (r"https?://\S+", r"user\s+\w+", "\U0001f600\\w+")
+    held = rules(tmp_path, "".join(f"[[redact]]\npattern = '{pattern}'\n" for pattern in patterns))
+    (letter,) = held.redact(batch(refused)).dead
+    assert b"alice" not in letter.data
+    assert b"<redacted>" in letter.data
+
+
+def test_a_dead_letter_whose_reason_is_redacted_whole_is_still_one(tmp_path: Path) -> None:
+    held = rules(tmp_path, "[[redact]]\npattern = '.+'\nreplacement = ''\n")
+    (letter,) = held.redact(batch(b"no event")).dead
+    assert not letter.deleted
+
+
 def test_a_rule_for_some_sources_leaves_the_others_alone(tmp_path: Path) -> None:
     """By the source that the event names; what was refused gets every rule, as nobody knows whose it is."""
     held = rules(tmp_path, REDACT + 'sources = ["hmi"]\n')
