@@ -130,6 +130,7 @@ class LetterDesk:
     def __init__(self, ring: Ring, inbox: Inbox, allowed: Allowed) -> None:
         self._ring, self._inbox, self._allowed = ring, inbox, allowed
         self._busy = threading.Lock()
+        self._newest: LetterWork | None = None  # that the dataflow was given
 
     def start(self, inbox: Inbox, positions: Mapping[str, bytes]) -> None:
         """It is part of the dataflow that it feeds, and reads nothing by itself."""
@@ -156,6 +157,9 @@ class LetterDesk:
         if not self._busy.acquire(timeout=1.0):
             raise ControlError("another request about dead letters is at work: try again")
         try:
+            # A client may have left before its commit: read again until then, its letters would be fed twice.
+            while self._newest is not None and not self._newest.settled.wait(POLL_S):
+                yield None
             for step in work_for(list(dict.fromkeys(request.letters))):
                 outcomes = step
                 if isinstance(step, Chunk):
@@ -175,6 +179,7 @@ class LetterDesk:
             time.sleep(POLL_S)
             yield None
         assert isinstance(chunk.receipt, LetterWork)
+        self._newest = chunk.receipt
         while not chunk.receipt.settled.wait(POLL_S):
             yield None
 

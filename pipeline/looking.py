@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config import Config
-from pipeline.control import ControlError, NoIngestError, ask
+from pipeline.control import ControlError, NoIngestError, listening, stream
 from pipeline.report import Report, ShardReport, build_report, format_report, window_label
 from pipeline.roles import model_folder
 from pipeline.shards import numbers, shard_name, sources_of
@@ -23,6 +23,7 @@ from storage.wake import wake
 __all__ = ["request_update", "score_texts", "status"]
 
 NEWEST_DEAD = 3
+LIVE_S = 5.0  # a running ingest process says within it how its sources stand
 
 
 class ShardStatus(ShardReport, kw_only=True):
@@ -97,13 +98,12 @@ def status(config: Config) -> tuple[Status, str]:
 
 def _live_sources(folder: DataFolder) -> list[dict[str, Any]]:
     """What running ingest processes say of their sources; those that say nothing are left out."""
-    with contextlib.suppress(NoIngestError, ControlError, OSError):
-        return [
-            {"shard": shard, "name": name, **state}
-            for shard, answer in ask(folder, "sources").items()
-            for name, state in answer["sources"].items()
-        ]
-    return []
+    rows: list[dict[str, Any]] = []
+    for shard in listening(folder):  # each on its own: one that is stalled hides no other
+        with contextlib.suppress(NoIngestError, ControlError, OSError):
+            for answer in stream(folder, shard, "sources", LIVE_S):
+                rows += [{"shard": shard, "name": name, **state} for name, state in answer["sources"].items()]
+    return rows
 
 
 def _look_at(

@@ -17,6 +17,7 @@ import pytest
 
 from pipeline import control
 from pipeline.control import Answers, ControlError, ControlServer, NoIngestError, Request, ask, stream
+from pipeline.looking import _live_sources
 from storage.folder import DataFolder
 
 
@@ -248,3 +249,23 @@ def test_an_answer_that_does_not_come_is_an_error_that_says_so(served: Served) -
     next(talk)
     with pytest.raises(ControlError, match="did not answer within"):
         next(talk)
+
+
+def test_a_process_that_says_nothing_hides_no_other_from_status(tmp_path: Path) -> None:
+    folder = DataFolder.open(tmp_path / "data", create=True)
+
+    def sources(request: Request) -> Answers:
+        yield {"sources": {"stdin:a": {"connected": None}}}
+
+    def silent(request: Request) -> Answers:
+        yield from ()
+
+    servers = [
+        ControlServer(folder.run, "main", {"sources": silent}),
+        ControlServer(folder.run, "shard-2", {"sources": sources}),
+    ]
+    try:
+        assert _live_sources(folder) == [{"shard": "shard-2", "name": "stdin:a", "connected": None}]
+    finally:
+        for server in servers:
+            server.close()

@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.dead_letters import LetterRun, LetterWork, RefusalLog, allowed_sources, why_not
+from pipeline.control import Request
+from pipeline.dead_letters import (
+    LetterDesk,
+    LetterOutcome,
+    LetterRun,
+    LetterWork,
+    RefusalLog,
+    allowed_sources,
+    why_not,
+)  # fmt: skip
 from pipeline.events import MAX_EVENT_BYTES
+from pipeline.sources.inbox import Inbox, Settled
 from storage.check import check_ring
 from storage.export import export_ring, import_ring
 from storage.ring import Ring
@@ -188,3 +198,24 @@ def test_letters_go_in_chunks_that_the_smallest_ring_can_take() -> None:
             sizes = [len(line.data) for line in chunk.lines]
             assert len(work.numbers) <= most
             assert sum(sizes) <= (33 << 10) or len(sizes) == 1
+
+
+def test_a_letter_whose_client_left_before_the_commit_is_not_fed_again_until_it(tmp_path: Path) -> None:
+    ring, inbox = new_ring(tmp_path), Inbox()
+    refused = DeadLetter("site", "byte 0", 1.0, "too old a version", b'{"kind":"text","text":"a"}')
+    commit(ring, 1, dead_letters=[refused])
+    desk = LetterDesk(ring, inbox, lambda source: None)
+    left = desk.retry(Request(1, "retry", letters=[0]))
+    assert next(left) is None  # handed over, and waiting for the commit
+    left.close()
+    again = desk.retry(Request(1, "retry", letters=[0]))
+    assert [next(again), next(again)] == [None, None]
+    chunk = inbox.get(0)
+    assert chunk is not None
+    assert inbox.get(0) is None
+    commit(ring, 1, deleted_letters=[0])
+    desk.acknowledge([Settled(chunk.receipt)])
+    answers = [answer for answer in again if answer is not None]
+    assert answers == [{"letters": [LetterOutcome(0, "gone")]}, {"done": True}]
+    assert inbox.get(0) is None
+    check(ring)
