@@ -58,6 +58,7 @@ class RawPublisher:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
         self._socket.sendall(connect(4, f"load-{port}-{id(self)}", clean=True))
         assert self._socket.recv(4) == b"\x20\x02\x00\x00", "the broker refuses the publisher"
+        self._socket.settimeout(None)  # before there are two threads: it changes how both of them wait
         self.sent = self._acked_bytes = 0
         self._thread = threading.Thread(target=self._count, daemon=True)
         self._thread.start()
@@ -97,7 +98,6 @@ class RawPublisher:
             time.sleep(0.001)
 
     def _count(self) -> None:
-        self._socket.settimeout(None)
         with contextlib.suppress(OSError):
             while data := self._socket.recv(1 << 16):
                 self._acked_bytes += len(data)

@@ -11,7 +11,7 @@ cores that others used too, in one sitting: the rates are rough, the processor t
 | awscrt 0.38.1 (MQTT 5 only) | 27,000 | 21 |
 | this one (the publisher was the limit) | 42,000 to 51,000 | 4 |
 
-Each is fast enough alone, but shares a core with decoding, tokenizing and the commit. What decides is the rest:
+Each is fast enough alone, but shares a core with decoding, tokenizing and the commit. What decides is this:
 paho buffers a message of up to 256 MiB before anybody can refuse it (3.1.1 has no Maximum Packet Size), sends
 each PUBACK by itself, and tells nobody of a PINGRESP, from which `mqtt_session` learns what the broker knows.
 
