@@ -52,6 +52,7 @@ def check(config: Config, raw: dict[str, Any], decoder: Decoder, require_sources
     _check_redact(config, decoder)
     _check_sizes(config, decoder)
     _check_shards(config, decoder)
+    _check_alone(config, decoder)
     for table, listen in (("health", config.health.listen), ("serve", config.serve.listen)):
         try:
             address(listen)
@@ -69,6 +70,8 @@ def _check_sources(config: Config, raw: dict[str, Any], decoder: Decoder) -> Non
         _check_render(source, ("sources", index, "render"), decoder)
         _check_table(source, ("sources", index), decoder)
         _check_format(source, ("sources", index), decoder)
+        if source.burst and not source.rate and decoder.is_sound(("sources", index, "rate")):
+            decoder.fault(("sources", index, "burst"), "has no effect without rate", "remove it, or set rate")
     names: dict[str, int] = {}
     stdin: int | None = None
     listed = raw.get("sources")
@@ -193,3 +196,21 @@ def _check_shards(config: Config, decoder: Decoder) -> None:
         if found and found[1] + processes - 1 > 65535:
             message = f"leaves no port for each of {processes} ingest processes"
             decoder.fault(("health", "listen"), message, f"at most port {65536 - processes}")
+
+
+def _check_alone(config: Config, decoder: Decoder) -> None:
+    """Check that no two sources want what only one can have: an address, a session at a broker."""
+    owners = {("http", "listen", config.health.listen): "health.listen"}
+    for index, source in zip(decoder.kept.get(("sources",), ()), config.sources, strict=True):
+        wanted = None
+        if source.http is not None:
+            wanted = ("http", "listen", source.http.listen)
+        elif source.mqtt is not None and source.mqtt.client_id:
+            wanted = ("mqtt", "client_id", f"{source.mqtt.url} {source.mqtt.client_id}")
+        if wanted is None:
+            continue
+        kind, key, _ = wanted
+        owner = owners.setdefault(wanted, f"sources[{index}].{kind}.{key}")
+        at: KeyPath = ("sources", index, kind, key)
+        if owner != f"sources[{index}].{kind}.{key}" and decoder.is_sound(at):
+            decoder.fault(at, f"is that of {owner} as well", "give each its own")

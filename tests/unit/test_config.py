@@ -12,6 +12,8 @@ from pipeline import config
 from pipeline.config import Config, ConfigError, Duration, Fault, Secret, Size
 
 SOURCE = '[[sources]]\nname = "cmms"\nkind = "stdin"\n'
+HTTP = SOURCE.replace("stdin", "http") + 'http.listen = "127.0.0.1:8086"\n'
+MQTT = SOURCE.replace("stdin", "mqtt") + 'mqtt = { url = "mqtt://x", client_id = "c", topics = { a = {} } }\n'
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -137,6 +139,10 @@ rank = 1
     ("text", "dotted", "line"),
     [
         (SOURCE + SOURCE.replace("stdin", 'files"\npath = "x'), "sources[1].name", 5),
+        (SOURCE + "burst = 5\n", "sources[0].burst", 4),
+        (HTTP + HTTP.replace("cmms", "b"), "sources[1].http.listen", 8),
+        (HTTP.replace("8086", "9464"), "sources[0].http.listen", 4),
+        (MQTT + MQTT.replace("cmms", "b"), "sources[1].mqtt.client_id", 8),
         (SOURCE + SOURCE.replace("cmms", "b"), "sources[1].kind", 6),
         (SOURCE + 'path = "x"\n', "sources[0].path", 4),
         (SOURCE.replace("stdin", "files"), "sources[0].path", 1),
