@@ -98,9 +98,9 @@ class BatchTokenizer:
         return self._clean(text)
 
     def texts_of(self, samples: Samples, chosen: Sequence[int]) -> list[str]:
-        """The texts of some samples, by their indices."""
+        """The texts of some samples, by their indices, as `clean` makes them."""
         if samples.texts is not None:
-            return [samples.texts[i] for i in chosen]
+            return [self._clean(samples.texts[i]) for i in chosen]
         starts = samples.offsets()
         ids = [samples.ids[starts[i] : starts[i + 1]].tolist() for i in chosen]
         return cast("list[str]", self._tokenizer.decode_batch(ids))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapters.model_folder import BaseModelError, load_manifest
+from adapters.model_folder import BaseModelError, load_manifest, replace_unencodable
 from pipeline.dedup import NO_HASH
 from pipeline.events import Batch, Event, Exchange, Feedback, Line, Message, Origin, Reading, Text
 from pipeline.tokenization import KNOWN_CHARS, MAX_KNOWN, BatchTokenizer, TokenizeStep
@@ -189,3 +189,13 @@ def test_a_tokenizer_that_encodes_otherwise_is_refused(tiny_model: Path, tmp_pat
     path.write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(BaseModelError, match="model prepare"):
         BatchTokenizer(model)
+
+
+def test_texts_that_are_read_back_are_those_that_near_duplicates_were_told_by(tiny_model: Path) -> None:
+    """Also where ids do not give a text back, so that it is stored, and some characters have none."""
+    lossy = BatchTokenizer(tiny_model)
+    lossy.manifest = msgspec.structs.replace(lossy.manifest, lossless=False, unencodable="[\u0000x]")
+    lossy._clean = replace_unencodable(lossy.manifest)
+    said = "pump x runs"
+    after = TokenizeStep(lossy, lambda source, event: "")(batch(Text(text=said)))
+    assert lossy.texts_of(after.samples, [0]) == [lossy.clean(said)] != [said]
