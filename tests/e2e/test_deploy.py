@@ -43,6 +43,19 @@ def test_a_unit_passes_verify_without_a_word(unit: Path) -> None:
 
 
 @needs_systemd
+def test_the_lines_that_open_a_unit_for_its_sources_are_taken_as_they_stand(tmp_path: Path) -> None:
+    """They had comments behind values, which systemd takes for values."""
+    guide = (DEPLOY / "INSTALL.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```ini\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    opened = tmp_path / "opened.service"
+    opened.write_text(f"{lines}ExecStart=/bin/true\n", encoding="utf-8")
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", str(opened)], capture_output=True, text=True, timeout=60
+    )
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+
+
+@needs_systemd
 def test_a_unit_is_exposed_by_at_most_two_of_ten(unit: Path) -> None:
     """As systemd scores it; the threshold is in tenths."""
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", str(unit)]
