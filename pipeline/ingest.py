@@ -167,15 +167,16 @@ def _run(
         done=metrics.observe if metrics else lambda committed: None,
         max_events=options.max_events,
     )
-    positions = ring.named("p")
+    positions, started = ring.named("p"), list[Connector]()
     with desk.serving(inbox):
-        for connector in connectors:
-            connector.start(inbox, positions)
         try:
+            for connector in connectors:  # where one cannot begin, those before it are ended properly
+                connector.start(inbox, positions)
+                started.append(connector)
             run_main(flow)  # type: ignore[no-untyped-call]
         finally:
             inbox.closed.set()
-            for connector in connectors:
+            for connector in started:
                 connector.stop()
     if faults:
         raise faults[0]
