@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 from msgspec import Meta
 
+from pipeline.config_decode import Secret
 from pipeline.units import Duration, Size
 
 __all__ = [
@@ -171,6 +172,8 @@ def _http_faults(http: HttpSource) -> Iterator[SourceFault]:
     if http.token and not re.fullmatch(r"[!-~]{16,512}", http.token):
         hint = "make one with: openssl rand -hex 32"
         yield "token", "expected 16 to 512 ASCII characters without spaces", hint
+    elif http.token and not isinstance(http.token, Secret):
+        yield "token", "stands in the configuration", 'write "${cred:NAME}" or "${file:PATH}"'
     if http.key_file and not http.cert_file:
         yield "key_file", "has no effect without cert_file", "set both, or remove it"
     for name in http.sources:
@@ -286,6 +289,8 @@ class OpcuaSource(msgspec.Struct, frozen=True, kw_only=True):
                 yield key, 'has no effect with security "none"', "remove it, or set security"
         if self.password and not self.username:
             yield "password", "has no effect without username", "add username"
+        if self.password and not isinstance(self.password, Secret):
+            yield "password", "stands in the configuration", 'write "${cred:NAME}" or "${file:PATH}"'
 
 
 class ModbusRegister(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from pipeline.config import load
+from pipeline.config_decode import Secret
 from pipeline.source_settings import HttpSource
 from pipeline.units import Duration, Size
 
 TOKEN = "0123456789abcdef"
+SECRET = Secret(TOKEN, "${cred:http}")
 
 
 @pytest.mark.parametrize(
@@ -23,15 +25,16 @@ TOKEN = "0123456789abcdef"
         ({"listen": "unix:/run/edgewater/http.sock"}, []),
         ({"listen": "0.0.0.0:8086"}, ["token", "listen"]),
         ({"listen": "[::]:8086", "allow_plaintext": True}, ["token"]),
-        ({"listen": "10.0.0.1:8086", "token": TOKEN}, ["listen"]),
-        ({"listen": "10.0.0.1:8086", "token": TOKEN, "allow_plaintext": True}, []),
-        ({"listen": "10.0.0.1:8086", "token": TOKEN, "cert_file": "cert.pem"}, []),
+        ({"listen": "10.0.0.1:8086", "token": SECRET}, ["listen"]),
+        ({"listen": "10.0.0.1:8086", "token": SECRET, "allow_plaintext": True}, []),
+        ({"listen": "10.0.0.1:8086", "token": SECRET, "cert_file": "cert.pem"}, []),
         ({"listen": "8086"}, ["listen"]),
         ({"listen": "gateway.local:8086"}, ["listen"]),
         ({"listen": "localhost:0"}, ["listen"]),
         ({"listen": "localhost:65536"}, ["listen"]),
         ({"listen": "unix:"}, ["listen"]),
         ({"listen": ""}, ["listen"]),
+        ({"token": TOKEN}, ["token"]),
         ({"token": "short"}, ["token"]),
         ({"token": "with a space in its middle"}, ["token"]),
         ({"key_file": "key.pem"}, ["key_file"]),

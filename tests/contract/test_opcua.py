@@ -15,6 +15,7 @@ import pytest
 from asyncua import ua
 from asyncua.ua.status_codes import StatusCodes
 
+from pipeline.config_decode import Secret
 from pipeline.decode import decode_event
 from pipeline.events import Event, Reading, Text
 from pipeline.source_settings import OpcuaNode, OpcuaSource
@@ -89,7 +90,8 @@ def state_of(reader: Reader) -> SourceState:
         ({"url": "opc.tcp://user:secret@10.0.0.5"}, "url"),
         ({"security": "sign"}, "cert_file"),
         ({"cert_file": "gateway.pem"}, "cert_file"),
-        ({"password": "x"}, "password"),
+        ({"password": Secret("x", "${cred:plc}")}, "password"),
+        ({"username": "edge", "password": "in clear"}, "password"),
         ({"nodes": {}}, "nodes"),
         ({"nodes": {"Pump1": OpcuaNode(tag="v")}}, "nodes"),
         ({"nodes": {"i=1": OpcuaNode(tag="v"), "i=2": OpcuaNode(tag="v")}}, "nodes"),
