@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -140,11 +140,14 @@ class ReadingText:
         tags: Which values to write, in this order; empty writes all.
         units: Tag -> what to write behind its value, in place of the event's own.
         digits: Significant digits.
+        grown: Called with the number of names of each set of tags that is remembered.
     """
 
     def __init__(
-        self, source: str, *, template: str, tags: tuple[str, ...], units: Mapping[str, str], digits: int
-    ) -> None:
+        self, source: str, *, template: str, tags: tuple[str, ...], units: Mapping[str, str], digits: int,
+        grown: Callable[[int], None] = lambda count: None,
+    ) -> None:  # fmt: skip
+        self._grown = grown
         self._source, self._tags, self._units, self._digits = source, tags, units, digits
         self._template = compile_template(template) if template else []
         self._forms: dict[object, _Form] = {}
@@ -186,6 +189,7 @@ class ReadingText:
             self._forms.clear()
             self._form_names = 0
         self._form_names += count
+        self._grown(count)
         self._forms[names] = form
         return form
 

@@ -17,6 +17,7 @@ from storage.windows import DeadLetter
 __all__ = ["SourceRules"]
 
 MAX_REMEMBERED = 4_096
+MAX_NAMES = 262_144  # of tags, in all that is remembered of how sources are written: 26 MB
 MAX_BRACKETS = 256  # of JSON that is looked into: deeper than an event may be, and no risk to the stack
 ALL_MOVED = -1.0  # a band that every value has left
 # What JSON can write as itself, which a rule must see; and a backslash of its own, which begins nothing.
@@ -31,6 +32,7 @@ class SourceRules:
         self._redactions = [(rule.compiled(), frozenset(rule.sources)) for rule in config.redact]
         self._horizon = config.dedup.horizon_events
         self._renderers: dict[str, ReadingText] = {}
+        self._names = 0  # of tags, that they remember
 
     def dedup_mode(self, source: str, kind: str) -> str:
         """ "delivery", "content" or "none" for events of a kind from a source."""
@@ -58,11 +60,27 @@ class SourceRules:
     def _renderer(self, source: str) -> ReadingText:
         named = self._sources.get(source)
         how = named.render if named else Render()
-        made = ReadingText(source, template=how.template, tags=how.tags, units=how.units, digits=how.digits)
+        made = ReadingText(
+            source,
+            template=how.template,
+            tags=how.tags,
+            units=how.units,
+            digits=how.digits,
+            grown=self._grown,
+        )
         if len(self._renderers) >= MAX_REMEMBERED:  # names come from the events: remember only so many
-            self._renderers.clear()
+            self._forget()
         self._renderers[source] = made
         return made
+
+    def _grown(self, names: int) -> None:
+        self._names += names
+        if self._names > MAX_NAMES:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._renderers.clear()
+        self._names = 0
 
     def redact(self, batch: Batch) -> Batch:
         """Take out of events and dead letters what the rules name, before anything is hashed or stored."""

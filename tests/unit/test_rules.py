@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,14 @@ def test_tags_on_change_are_a_deadband_that_every_other_value_has_left(tmp_path:
     assert (plain.on_change, plain.max_silence_s) == (frozenset({"mode"}), 60.0)
     assert not plain.silent({"p": 1.0}, {"p": 1.0}, 0.0)
     assert (banded.on_change, banded.everywhere) == (frozenset({"mode"}), 0.5)
+
+
+def test_sources_that_invent_thousands_of_tags_each_do_not_fill_the_memory(tmp_path: Path) -> None:
+    held = rules(tmp_path, "")
+    tracemalloc.start()
+    for source in range(90):
+        values = {f"{source}-{tag}": 1.0 for tag in range(4_000)}
+        assert held.render(f"s{source}", Reading(values=values)).startswith(f"s{source} {source}-0=1 ")
+    memory, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert memory < 26 << 20  # of all 90 it would be 40 MB
