@@ -79,7 +79,8 @@ class Assembler:
 
     def poll(self, *, stopping: bool = False) -> Batch | None:
         """Wait up to 100 ms. Returns: a Batch that is ready, a tick once a second, or None."""
-        wait = 0.0 if stopping else POLL_S
+        # An urgent chunk that a tick went before waits no longer for others.
+        wait = 0.0 if stopping or self._urgent else POLL_S
         while not self._full() and (chunk := self._inbox.get(wait)) is not None:
             self._take(chunk)
             wait = 0.0  # whatever is there already joins at once, also an urgent one: they share the commit

@@ -102,6 +102,26 @@ def test_a_batch_closes_where_a_connector_can_take_no_more() -> None:
     assert bench.poll() is None, "urgency ends with its Batch"
 
 
+def test_an_urgent_chunk_that_a_tick_goes_before_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    waits: list[float] = []
+    get = bench.inbox.get
+
+    def noting(timeout_s: float) -> Chunk | None:
+        waits.append(timeout_s)
+        return get(timeout_s)
+
+    monkeypatch.setattr(bench.inbox, "get", noting)
+    bench.later(1.0)
+    bench.put(1, urgent=True)
+    tick = bench.poll()
+    assert tick is not None and not tick.lines
+    waits.clear()
+    batch = bench.poll()
+    assert batch is not None
+    assert waits == [0.0]
+
+
 @pytest.mark.parametrize("how", ["stopping", "ended"])
 def test_a_batch_closes_at_the_end(how: str) -> None:
     bench = Bench()
