@@ -85,6 +85,10 @@ class OpcuaServer:
         """Make one more variable."""
         self._loop.run(self._add(name, value))
 
+    def refuse_its_state(self) -> None:
+        """Answer with a bad status whenever a client asks how the server is."""
+        self._loop.run(self._refuse_its_state())
+
     def watched(self) -> int:
         """How many nodes are subscribed to."""
         return self._loop.run(self._watched())
@@ -113,6 +117,12 @@ class OpcuaServer:
         for name, value in variables.items():
             await self._add(name, value)
         await self._server.start()
+
+    async def _refuse_its_state(self) -> None:
+        bad = ua.DataValue(StatusCode=ua.StatusCode(ua.UInt32(ua.StatusCodes.BadSessionIdInvalid)))
+        state = ua.NodeId(ua.ObjectIds.Server_ServerStatus_State)
+        aspace = self._server.iserver.aspace
+        aspace.set_attribute_value_callback(state, AttributeIds.Value, lambda node, attribute: bad)
 
     async def _watched(self) -> int:
         subscriptions = self._server.iserver.subscription_service.subscriptions.values()

@@ -171,7 +171,8 @@ class _Subscription:
                 changes += self._changes(data)
             elif isinstance(data, ua.StatusChangeNotification) and not data.Status.is_good():
                 if self._lost.done():  # the library's own notice of it
-                    raise self._lost.result()
+                    with in_words(self._settings):
+                        raise self._lost.result()
                 raise ConnectionError(f"the server ended the subscription: {status_name(data.Status.value)}")
         return changes, lost
 

@@ -296,6 +296,20 @@ def test_what_the_server_repeats_after_a_new_subscription_is_left_out(
         relay.close()
 
 
+def test_a_session_that_the_server_no_longer_knows_is_made_anew() -> None:
+    """The library's own look at the server meets a bad status then; ingest ended by it."""
+    server = OpcuaServer({"v": 1.0})
+    try:
+        with reading(connector(server.url, {"ns=2;s=v": OpcuaNode(tag="v")})) as reader:
+            reader.until(lambda: values(reader) == [{"v": 1.0}])
+            server.refuse_its_state()
+            reader.until(lambda: state_of(reader).counts.get("reconnects", 0) > 0)
+            server.write("v", 2.0)
+            reader.until(lambda: {"v": 2.0} in values(reader))
+    finally:
+        server.close()
+
+
 def test_it_comes_back_after_the_server_was_started_anew() -> None:
     server = OpcuaServer({"v": 1.0})
     try:
