@@ -15,6 +15,7 @@ from asyncua.common.node import Node
 from asyncua.crypto.permission_rules import User, UserRole
 from asyncua.server.server import Server
 from asyncua.ua.attribute_ids import AttributeIds
+from asyncua.ua.status_codes import StatusCodes
 
 from tests.loops import LoopInThread
 
@@ -119,8 +120,8 @@ class OpcuaServer:
         await self._server.start()
 
     async def _refuse_its_state(self) -> None:
-        bad = ua.DataValue(StatusCode=ua.StatusCode(ua.UInt32(ua.StatusCodes.BadSessionIdInvalid)))
-        state = ua.NodeId(ua.ObjectIds.Server_ServerStatus_State)
+        bad = ua.DataValue(StatusCode=ua.StatusCode(ua.UInt32(StatusCodes.BadSessionIdInvalid)))
+        state = self._server.get_node("i=2259").nodeid  # Server_ServerStatus_State
         aspace = self._server.iserver.aspace
         aspace.set_attribute_value_callback(state, AttributeIds.Value, lambda node, attribute: bad)
 
