@@ -92,7 +92,7 @@ class MqttConnector:
         self._waker = Waker(self._thread.stopping)
         login = self._login
         identity = f"{login.host}:{login.port}/{login.client_id}"
-        self._deliveries = Deliveries(identity, positions.get(self.name, b""))
+        self._deliveries = Deliveries(identity, self.name, positions)
         ask = self._births_wanted.append if self._settings.rebirth else None
         self._sparkplug = SparkplugHost(self._state.count, ask)
         self._sparkplug.restore(self.name, positions)
@@ -174,7 +174,7 @@ class MqttConnector:
                 self._state.count("missed_s", away)
             log.warning("%s: the broker kept no session: what was published meanwhile is missing", self.name)
         if not answer.session_present:  # from now on its loss is noticed, also after a restart
-            self._waiting.append(Chunk(self, [], {self.name: self._deliveries.row()}))
+            self._waiting.append(Chunk(self, [], self._deliveries.session_row()))
         self._session = "after its session was lost" if lost else "with its session"
 
     def _subscribed(self, answer: SubAck) -> None:
@@ -269,9 +269,7 @@ class MqttConnector:
         if not opened.lines and not rows:
             self._deliveries.release(opened.run)
             return
-        self._deliveries.close(opened.run)
-        if opened.run.acks:
-            rows[self.name] = self._deliveries.row()
+        rows |= self._deliveries.close(opened.run)
         self._waiting.append(Chunk(self, opened.lines, rows, opened.run))
         count = self._deliveries.unacknowledged
         if count > self._peak:
