@@ -103,8 +103,8 @@ class RingSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How gently the flash is treated: "eco" commits every 10 seconds where flush_ms is not set, and writes
     the time of a silent stream every 5 minutes instead of every minute."""
     flush_ms: Annotated[int, Meta(ge=10, le=60_000)] = 2000
-    """An event waits at most this many milliseconds for its commit; at 4,000 events or 1 MiB (a 64th of a
-    ring below 64 MiB) it comes at once. Each commit writes about 24 KB to flash: at 2000 that is 1 GB a day
+    """An event waits at most this many milliseconds for its commit; at 4,000 events or 512 KiB (a 64th of a
+    ring below 32 MiB) it comes at once. Each commit writes about 24 KB to flash: at 2000 that is 1 GB a day
     at most, at 10000, the default of profile "eco", a third, at 100 it is 20."""
 
 

@@ -222,9 +222,9 @@ def test_an_inbox_is_drained_when_all_ended_and_nothing_waits() -> None:
 
 
 def test_a_small_ring_takes_small_batches() -> None:
-    """A commit must never be a large part of it; 64 MiB and more take what is best for the flash."""
-    assert limits_for(256 << 20, 2.0) == BatchLimits(4_000, 1 << 20, 2.0)
-    assert limits_for(64 << 20, 2.0).data_bytes == 1 << 20
+    """A commit must never be a large part of it; 32 MiB and more take what is best for the flash."""
+    assert limits_for(256 << 20, 2.0) == BatchLimits(4_000, 512 << 10, 2.0)
+    assert limits_for(32 << 20, 2.0).data_bytes == 512 << 10
     assert limits_for(16 << 20, 10.0) == BatchLimits(4_000, 256 << 10, 10.0)
 
 
