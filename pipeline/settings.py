@@ -148,9 +148,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     "modbus" polls registers; "journal" follows the systemd journal. All but the first two have a table of
     their own, as in [sources.mqtt]."""
     path: str = ""
-    """For kind "files": a file, a folder (all files in it but hidden ones, also those that come), or a pattern
-    with * ? [ ] and ** for many. Relative to this configuration file. Symbolic links are followed only where
-    the path names one itself, without wildcards."""
+    """For kind "files": a file, a folder (all files in it but hidden ones, also those that come), or a
+    pattern with * ? [ ] and ** for many. Relative to this configuration file. Symbolic links are followed
+    only where the path names one itself, without wildcards."""
     format: Literal["jsonl", "csv", "lines"] = "jsonl"
     """For kind "files": "jsonl" one JSON event a line, "csv" rows under a header, "lines" log lines."""
     csv: CsvFormat | None = None

@@ -27,8 +27,8 @@ before the PINGREQ. What is left is a broker that gives an id anew at once (mosq
 **Slots.** Under a flood the PINGRESP waits behind all that is in flight, 65,535 messages: one row of them all
 would be 390 KB, written anew by each commit. So the row comes in slots of about SLOT_ENTRIES: a commit writes
 the one that is being filled, those before it stay as they are, and a slot goes when nothing in it is held any
-more. At a low rate there is one, of what waits for its commit and a round trip. Where slots disagree the newer
-is right.
+more. At a low rate there is one, of what waits for its commit and a round trip. Where slots disagree the
+newer is right.
 
 **Bound.** At most MAX_SLOTS of at most 9 KB; beyond, the oldest is let go, which could double what is in it.
 Entries of an earlier connection that the broker did not send again within REDELIVERY_S of a new one were

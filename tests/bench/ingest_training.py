@@ -205,7 +205,9 @@ def main() -> int:
     if not (default_model_dir() / "edgewater-model.json").exists():
         raise SystemExit("prepare the model first: edgewater model prepare")
     name, found = readings(args.pump)
-    rows, rates, p99s, shares = list[list[object]](), {}, {}, list[float]()
+    rows, shares = list[list[object]](), list[float]()
+    rates: dict[bool, list[float]] = {}
+    p99s: dict[bool, list[float]] = {}
     for turn in range(args.rounds):
         for updates in (False, True) if turn % 2 == 0 else (True, False):
             lines = endless(found, seed=turn)
