@@ -8,6 +8,7 @@ from pipeline.format_settings import CsvFormat
 from pipeline.sources.csv_rows import CsvPlan, CsvRows
 from pipeline.sources.files import FilesConnector
 from pipeline.sources.inbox import Connector
+from tests.contract.world_files import FileWorld
 
 __all__ = ["make"]
 
@@ -21,33 +22,17 @@ SETTINGS = CsvFormat(
 )
 
 
-class _Log:
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "pump.csv"
-        self._path.write_text("Zeit;Druck [bar];Nummer;Bemerkung\n", "utf-8")
-        self._plan = CsvPlan(SETTINGS)
+class _Table(FileWorld):
+    _plan = CsvPlan(SETTINGS)
 
     def connector(self) -> Connector:
-        return FilesConnector("site", str(self._path), lambda: CsvRows(self._plan))
-
-    def ready(self) -> None:
-        """A file waits."""
+        return FilesConnector("site", str(self.path), lambda: CsvRows(self._plan))
 
     def send(self, number: int) -> bytes:
         self.send_raw(b'24.11.2025 08:15:00;"3,5";%d;"ok; checked"' % number)
         return b'"number":%d.0}' % number
 
-    def send_raw(self, data: bytes) -> None:
-        with self._path.open("ab") as file:
-            file.write(data + b"\n")
 
-    def cut(self) -> None: ...
-
-    def mend(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def make(folder: Path) -> _Log:
+def make(folder: Path) -> FileWorld:
     """A folder with one file."""
-    return _Log(folder)
+    return _Table(folder / "pump.csv", b"Zeit;Druck [bar];Nummer;Bemerkung\n")

@@ -6,41 +6,28 @@ from pathlib import Path
 
 from pipeline.sources.files import FilesConnector
 from pipeline.sources.inbox import Connector
+from tests.contract.world_files import FileWorld
 
 __all__ = ["make"]
 
 EVENTS_A_FILE = 50
 
 
-class _Folder:
+class _Inbox(FileWorld):
     def __init__(self, folder: Path) -> None:
-        self._folder = folder / "inbox"
-        self._folder.mkdir()
+        folder.mkdir()
+        super().__init__(folder / "000000.jsonl")
         self._written = 0
 
     def connector(self) -> Connector:
-        return FilesConnector("site", str(self._folder))
-
-    def ready(self) -> None:
-        """A folder waits."""
-
-    def send(self, number: int) -> bytes:
-        text = b'"event %d"' % number
-        self.send_raw(b'{"kind":"text","text":%s}' % text)
-        return text
+        return FilesConnector("site", str(self.path.parent))
 
     def send_raw(self, data: bytes) -> None:
-        with (self._folder / f"{self._written // EVENTS_A_FILE:06}.jsonl").open("ab") as file:
-            file.write(data + b"\n")
+        self.path = self.path.with_name(f"{self._written // EVENTS_A_FILE:06}.jsonl")
         self._written += 1
-
-    def cut(self) -> None: ...
-
-    def mend(self) -> None: ...
-
-    def close(self) -> None: ...
+        super().send_raw(data)
 
 
-def make(folder: Path) -> _Folder:
-    """An empty folder."""
-    return _Folder(folder)
+def make(folder: Path) -> FileWorld:
+    """A folder with an empty file."""
+    return _Inbox(folder / "inbox")

@@ -8,6 +8,7 @@ from pipeline.format_settings import PatternFormat
 from pipeline.sources.files import FilesConnector
 from pipeline.sources.inbox import Connector
 from pipeline.sources.patterns import LinePlan, PatternLines
+from tests.contract.world_files import FileWorld
 
 __all__ = ["make"]
 
@@ -17,33 +18,17 @@ SETTINGS = PatternFormat(
 )
 
 
-class _Log:
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "app.log"
-        self._path.touch()
-        self._plan = LinePlan(SETTINGS)
+class _Log(FileWorld):
+    _plan = LinePlan(SETTINGS)
 
     def connector(self) -> Connector:
-        return FilesConnector("site", str(self._path), lambda: PatternLines(self._plan))
-
-    def ready(self) -> None:
-        """A file waits."""
+        return FilesConnector("site", str(self.path), lambda: PatternLines(self._plan))
 
     def send(self, number: int) -> bytes:
         self.send_raw(b"2025-11-24T08:15:00 WARN [pump-1] \x1b[31mseal %d.\x1b[0m leaks" % number)
         return b"seal %d." % number
 
-    def send_raw(self, data: bytes) -> None:
-        with self._path.open("ab") as file:
-            file.write(data + b"\n")
 
-    def cut(self) -> None: ...
-
-    def mend(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def make(folder: Path) -> _Log:
+def make(folder: Path) -> FileWorld:
     """A folder with one log."""
-    return _Log(folder)
+    return _Log(folder / "app.log")
