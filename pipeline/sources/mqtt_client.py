@@ -393,6 +393,8 @@ def _resolve(host: str, port: int, stopping: threading.Event, deadline: float) -
                 found.append((family, address))
         except OSError as error:
             failed.append(error)
+        except UnicodeError:
+            failed.append(OSError(f"{host!r} is no host name: correct the url"))
 
     thread = threading.Thread(target=look_up, name=f"look up {host}", daemon=True)
     thread.start()

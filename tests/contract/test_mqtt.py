@@ -351,3 +351,10 @@ def test_bad_messages_are_dead_letters_not_the_end(broker: Mosquitto, publisher:
         assert [bool(line.refused) for line in reader.lines] == [True] * 4 + [False]
         with pytest.raises(RefusedError):
             decode_event(reader.lines[4].data)
+
+
+def test_a_host_that_no_name_can_have_is_said(broker: Mosquitto) -> None:
+    with reading(connector(broker, url=f"mqtt://{'x' * 70}.local")) as reader:
+        state = reader.inbox.state(reader.connector)
+        reader.until(lambda: state.connected is False)
+        assert "is no host name" in state.detail
