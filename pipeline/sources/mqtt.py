@@ -8,6 +8,7 @@ and to show that it lives.
 |---|---|
 | the connection broke, or the broker was silent for `keepalive` | connect again, with backoff |
 | the broker kept no session, and we had one | subscribe anew, count `sessions_lost` and `missed_s` |
+| `topics` were changed since the last start | what the session had and nobody wants is unsubscribed |
 | DUP set, and the message is in a commit or on its way to one | acknowledged, counted `redelivered` |
 | `in_flight` unacknowledged, and then silence | the Batch closes now: the broker may be waiting for us |
 | a topic that no rule lists, `$SYS`, a retained message | acknowledged in its turn, counted, dropped |
@@ -29,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import msgspec
+
 from pipeline.events import MAX_EVENT_BYTES, Line, Origin
 from pipeline.source_settings import MqttSource
 from pipeline.sources.inbox import Backoff, Chunk, Inbox, ReaderThread, Settled
@@ -42,11 +45,13 @@ from pipeline.sources.mqtt_packets import (
     Publish,
     SubAck,
     Subscription,
+    UnsubAck,
     Version,
     puback,
     publish,
     reason_text,
     subscribe,
+    unsubscribe,
 )
 from pipeline.sources.mqtt_session import REDELIVERY_S, Deliveries, Run
 from pipeline.sources.mqtt_settings import broker_address
@@ -63,7 +68,8 @@ GATHER_S = 0.005  # after a message, so that those behind it share its chunk
 IDLE_S = 5.0
 STALLED_S = 0.05  # silence from which a broker whose limit may be reached is taken to wait
 HELD_S = 5.0  # a connection that stood so long begins the backoff anew
-SUBSCRIBE_ID = 1
+SUBSCRIBE_ID, UNSUBSCRIBE_ID = 1, 2
+FILTERS = "filters"  # names the row of what the session is subscribed to
 log = logging.getLogger("edgewater.sources")
 
 
@@ -96,6 +102,7 @@ class MqttConnector:
         ask = self._births_wanted.append if self._settings.rebirth else None
         self._sparkplug = SparkplugHost(self._state.count, ask)
         self._sparkplug.restore(self.name, positions)
+        self._filters = _filters_of(positions.get(f"{self.name}:{FILTERS}", b""))
         self._topics = TopicMap(self._source, self._settings.topics, self._sparkplug, self._state.count)
         self._peak = 0
         self._hurried = False  # whether the Batch was asked to close since the last commit
@@ -141,6 +148,9 @@ class MqttConnector:
         """Read from one connection until it ends, by OSError, MqttError or Stopped."""
         self._log_in(connection.open())
         connection.send(subscribe(self._login.version, SUBSCRIBE_ID, self._subscriptions()))
+        # After it: in between the other way round nothing would be subscribed.
+        if gone := self._filters - set(self._settings.topics):
+            connection.send(unsubscribe(self._login.version, UNSUBSCRIBE_ID, sorted(gone)))
         began = heard = time.monotonic()
         gathering = False
         while True:
@@ -192,10 +202,20 @@ class MqttConnector:
             log.warning("%s: connected to %s", self.name, where)
         else:
             log.info("%s: connected to %s", self.name, where)
+        if not self._filters - set(self._settings.topics):
+            self._keep_filters()
         if self._lost_at or self._state.counts.get("reconnects"):
             self._state.count("reconnects")
         self._connected_at, self._lost_at = time.monotonic(), 0.0
         self._state.detail, self._state.connected = where, True
+
+    def _keep_filters(self) -> None:
+        """Have the next commit keep what the session is subscribed to, where that is news."""
+        wanted = set(self._settings.topics)
+        if wanted != self._filters:
+            self._filters = wanted
+            row = {f"{self.name}:{FILTERS}": msgspec.msgpack.encode(sorted(wanted))}
+            self._waiting.append(Chunk(self, [], row))
 
     def _note_lost(self, why: str) -> None:
         if self._state.connected is not False or self._state.detail != why:
@@ -235,6 +255,8 @@ class MqttConnector:
                         opened = _Opened(self, self._deliveries.begin())
                 case SubAck() if packet.packet_id == SUBSCRIBE_ID:
                     self._subscribed(packet)
+                case UnsubAck() if packet.packet_id == UNSUBSCRIBE_ID:
+                    self._keep_filters()
                 case PingResp():
                     self._deliveries.answered()
         self._close(opened)
@@ -335,6 +357,14 @@ def login_of(source: str, settings: MqttSource) -> Login:
         clean=not round(settings.session_expiry),  # 3.1.1 has no expiry: a session for ever, or none
         limit_bytes=LIMIT_BYTES,
     )
+
+
+def _filters_of(row: bytes) -> set[str]:
+    """The filters that a session had; none where that is not known."""
+    try:
+        return set(msgspec.msgpack.decode(row, type=list[str])) if row else set()
+    except msgspec.MsgspecError:
+        return set()
 
 
 def _default_client_id(source: str) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "Publish",
     "SubAck",
     "Subscription",
+    "UnsubAck",
     "Version",
     "connect",
     "disconnect",
@@ -32,6 +33,7 @@ __all__ = [
     "publish",
     "reason_text",
     "subscribe",
+    "unsubscribe",
 ]
 
 Version = int  # 4 for 3.1.1, 5 for 5
@@ -114,6 +116,12 @@ class SubAck(msgspec.Struct, frozen=True):
     reasons: list[int]
 
 
+class UnsubAck(msgspec.Struct, frozen=True):
+    """The answer to UNSUBSCRIBE."""
+
+    packet_id: int
+
+
 class PubAck(msgspec.Struct, frozen=True):
     """The broker has a message of ours."""
 
@@ -142,7 +150,7 @@ class Subscription(msgspec.Struct, frozen=True):
     retain_handling: int = 0
 
 
-Packet = Publish | ConnAck | SubAck | PubAck | PingResp | Disconnect
+Packet = Publish | ConnAck | SubAck | UnsubAck | PubAck | PingResp | Disconnect
 
 
 class Parser:
@@ -264,6 +272,8 @@ class Parser:
                     return PubAck(_u16(body, 0))
                 case 0x90:
                     return self._suback(body)
+                case 0xB0:
+                    return UnsubAck(_u16(body, 0))
                 case 0xD0:
                     return PingResp()
                 case 0xE0 if self._five:
@@ -325,6 +335,12 @@ def subscribe(version: Version, packet_id: int, subscriptions: Iterable[Subscrip
         options = 0x01 | (wanted.retain_handling << 4 if version == 5 else 0)
         body += _string(wanted.filter) + bytes([options])
     return _packet(0x82, body)
+
+
+def unsubscribe(version: Version, packet_id: int, filters: Iterable[str]) -> bytes:
+    """UNSUBSCRIBE."""
+    body = packet_id.to_bytes(2, "big") + (b"\0" if version == 5 else b"")
+    return _packet(0xA2, body + b"".join(_string(filter) for filter in filters))
 
 
 def publish(version: Version, topic: str, payload: bytes, packet_id: int = 0) -> bytes:

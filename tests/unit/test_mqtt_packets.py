@@ -21,11 +21,13 @@ from pipeline.sources.mqtt_packets import (
     Publish,
     SubAck,
     Subscription,
+    UnsubAck,
     connect,
     puback,
     publish,
     reason_text,
     subscribe,
+    unsubscribe,
 )
 
 LIMIT = 4_096
@@ -171,6 +173,10 @@ def test_what_we_send_is_what_the_standard_says() -> None:
     )
     assert subscribe(4, 1, [Subscription("a/#", 2)]) == b"\x82\x08\x00\x01\x00\x03a/#\x01"
     assert subscribe(5, 1, [Subscription("a/#", 2)]) == b"\x82\x09\x00\x01\x00\x00\x03a/#\x21"
+    assert unsubscribe(4, 2, ["a/#"]) == b"\xa2\x07\x00\x02\x00\x03a/#"
+    assert unsubscribe(5, 2, ["a/#"]) == b"\xa2\x08\x00\x02\x00\x00\x03a/#"
+    assert Parser(5, 1_000).feed(b"\xb0\x04\x00\x02\x00\x00") == [UnsubAck(2)]
+    assert Parser(4, 1_000).feed(b"\xb0\x02\x00\x02") == [UnsubAck(2)]
     assert puback([1, 515]) == b"\x40\x02\x00\x01\x40\x02\x02\x03"
 
 
