@@ -18,6 +18,7 @@ from pipeline.sources.formats import (
     checked_id,
     checked_source,
     event_json,
+    lines_of,
     number,
     texts_of,
     time_reader,
@@ -117,26 +118,16 @@ class CsvRows:
         """Make an event of each row; the header is none."""
         if self._columns is None and first_line:
             self._learn(first_line)
-        out: list[Line] = []
-        skipped = 0
+        head: list[Line] = []
         if self._columns is None:
             self._learn(lines[0][1])
             refused = str(self._columns) if isinstance(self._columns, RowError) else ""
-            out = [Line(lines[0][1], lines[0][0], origin, "", refused)] if refused else []
+            head = [Line(lines[0][1], lines[0][0], origin, "", refused)] if refused else []
             lines = lines[1:]
         texts = texts_of(lines, self._settings.encoding, replace=self._settings.invalid == "replace")
         rows = self._plan.rows([text or "" for text in texts])
-        for (at, data), text, row in zip(lines, texts, rows, strict=True):
-            try:
-                event = self._event(row, text, data)
-            except RowError as error:
-                out.append(Line(data, at, origin, "", str(error)))
-                continue
-            if event is None:
-                skipped += 1
-            else:
-                out.append(Line(event, at, origin))
-        return out, skipped
+        made, skipped = lines_of(lines, origin, self._event, rows, texts)
+        return head + made, skipped
 
     def is_whole(self, line: bytes) -> bool:
         """Whether it has all its cells; one that was cut within the last cell looks whole too."""

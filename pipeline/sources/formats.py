@@ -10,7 +10,7 @@ import datetime
 import math
 import re
 import zoneinfo
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
@@ -29,6 +29,7 @@ __all__ = [
     "checked_source",
     "clean",
     "event_json",
+    "lines_of",
     "number",
     "shaper_for",
     "texts_of",
@@ -108,6 +109,34 @@ def shaper_for(source: Source) -> Callable[[], Shaper]:
 
             line_plan = LinePlan(source.pattern or PatternFormat())
             return lambda: PatternLines(line_plan)
+
+
+def lines_of(
+    lines: Sequence[NumberedLine],
+    origin: Origin,
+    make: Callable[..., bytes | None],
+    *columns: Iterable[object],
+) -> tuple[list[Line], int]:
+    """Make an event of each line; the reason stands beside one of which none can be made.
+
+    Args:
+        make: (what each column has for a line, the line) -> the event, None to skip it; raises RowError.
+        columns: One value a line each.
+    Returns: the lines, and how many were skipped.
+    """
+    out: list[Line] = []
+    skipped = 0
+    for (at, data), *values in zip(lines, *columns, strict=True):
+        try:
+            event = make(*values, data)
+        except RowError as error:
+            out.append(Line(data, at, origin, "", str(error)))
+            continue
+        if event is None:
+            skipped += 1
+        else:
+            out.append(Line(event, at, origin))
+    return out, skipped
 
 
 def texts_of(lines: Sequence[NumberedLine], encoding: Encoding, *, replace: bool) -> list[str | None]:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Literal, Protocol
 
 import msgspec
@@ -28,10 +29,12 @@ from pipeline.events import Line
 
 __all__ = [
     "Backoff", "Chunk", "Connector", "Inbox", "QueueLimits", "ReaderThread", "Settled", "SourceState",
+    "in_few_words",
 ]  # fmt: skip
 
 QUEUE_LINES = 8_192
 QUEUE_BYTES = 2 << 20
+NAMED = 3  # failures that are named; the rest is a number
 WAIT_S = 0.1  # a connector that waits for room looks so often whether it must stop
 
 
@@ -125,6 +128,17 @@ class SourceState:
         """Count something."""
         with self._lock:
             self.counts[name] = self.counts.get(name, 0) + number
+
+
+def in_few_words(failures: Mapping[str, str]) -> str:
+    """What failed and why, for `SourceState.detail`; of many the first few and how many more.
+
+    Args:
+        failures: What -> why.
+    """
+    named = [f"{what}: {why}" for what, why in islice(failures.items(), NAMED)]
+    more = len(failures) - len(named)
+    return ", ".join(named) + (f", and {more} more" if more > 0 else "")
 
 
 class _Queue:

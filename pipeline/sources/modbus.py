@@ -32,7 +32,7 @@ from pymodbus.client.base import ModbusBaseClient
 
 from pipeline.events import Line, Origin
 from pipeline.source_settings import WORDS, ModbusSource
-from pipeline.sources.inbox import Backoff, Chunk, Inbox, Settled, SourceState
+from pipeline.sources.inbox import Backoff, Chunk, Inbox, Settled, SourceState, in_few_words
 from pipeline.sources.loop_thread import LoopThread
 from pipeline.sources.made import encode_reading
 from pipeline.sources.modbus_registers import Block, decode, plan, split
@@ -41,7 +41,6 @@ __all__ = ["ModbusConnector"]
 
 logging.getLogger("pymodbus").setLevel(logging.CRITICAL + 1)  # what matters stands in `status`; no payloads
 
-NAMED = 3  # so many failures are named in `status`; the rest is a number
 NEVER = 1 << 31
 REFUSALS: Final = {
     1: "function not supported", 2: "illegal data address", 3: "illegal data value", 4: "device failure",
@@ -157,9 +156,9 @@ class ModbusConnector:
         if failures:
             self._state.count("failed", len(failures))
         if silent == {block.device for block in self._blocks}:
-            raise ConnectionError(_named(failures))
+            raise ConnectionError(in_few_words(failures))
         self._state.connected = True
-        self._state.detail = "; ".join(filter(None, [_place(self._settings), _named(failures)]))
+        self._state.detail = "; ".join(filter(None, [_place(self._settings), in_few_words(failures)]))
         self._hand_over(inbox, values, arrival)
 
     async def _read(self, client: ModbusBaseClient, block: Block) -> list[int]:
@@ -270,9 +269,3 @@ def _why_not(settings: ModbusSource) -> str:
     if Path(settings.serial).exists():
         return "permission denied: add the user to the group of the port (often dialout)"
     return "no such serial port"
-
-
-def _named(failures: Mapping[str, str]) -> str:
-    named = [f"{where}: {why}" for where, why in list(failures.items())[:NAMED]]
-    more = len(failures) - len(named)
-    return ", ".join(named) + (f", and {more} more" if more > 0 else "")

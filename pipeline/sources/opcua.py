@@ -29,14 +29,13 @@ from asyncua.ua.uaerrors import UaError
 
 from pipeline.events import Origin
 from pipeline.source_settings import OpcuaNode, OpcuaSource
-from pipeline.sources.inbox import Backoff, Chunk, Inbox, Settled, SourceState
+from pipeline.sources.inbox import Backoff, Chunk, Inbox, Settled, SourceState, in_few_words
 from pipeline.sources.loop_thread import LoopThread
 from pipeline.sources.opcua_client import in_words, leave, make_client
 from pipeline.sources.opcua_values import Change, Shaper, status_name
 
 __all__ = ["OpcuaConnector"]
 
-NAMED: Final = 3  # so many failures are named in `status`; the rest is a number
 NODES_AT_ONCE: Final = 200  # in one request
 RETRY_S: Final = 30.0  # nodes that were missing are looked for so often
 LOOK_S: Final = 1.0  # so often somebody looks whether the server is silent, or a retry is due
@@ -104,7 +103,7 @@ class OpcuaConnector:
         """Hand over what the server reports. Raises: ConnectionError when it does no more."""
         while True:
             failures = subscription.failures
-            self._state.detail = "; ".join(filter(None, [self._settings.url, _named(failures)]))
+            self._state.detail = "; ".join(filter(None, [self._settings.url, in_few_words(failures)]))
             changes, lost = await subscription.next()
             if lost:
                 self._state.count("gaps", lost)
@@ -288,9 +287,3 @@ def _node_id(node: str, namespaces: Sequence[str]) -> ua.NodeId | str:
         return ua.NodeId.from_string(node)
     except UaError:
         return "no node id"
-
-
-def _named(failures: Mapping[str, str]) -> str:
-    named = [f"{node}: {why}" for node, why in islice(failures.items(), NAMED)]
-    more = len(failures) - len(named)
-    return ", ".join(named) + (f", and {more} more" if more > 0 else "")

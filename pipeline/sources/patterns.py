@@ -13,6 +13,7 @@ from pipeline.sources.formats import (
     checked_source,
     clean,
     event_json,
+    lines_of,
     number,
     texts_of,
     time_reader,
@@ -53,19 +54,7 @@ class PatternLines:
         texts = texts_of(lines, settings.encoding, replace=settings.invalid == "replace")
         if settings.strip_control:
             texts = _cleaned(texts)
-        out: list[Line] = []
-        skipped = 0
-        for (at, data), text in zip(lines, texts, strict=True):
-            try:
-                event = self._event(text, data)
-            except RowError as error:
-                out.append(Line(data, at, origin, "", str(error)))
-                continue
-            if event is None:
-                skipped += 1
-            else:
-                out.append(Line(event, at, origin))
-        return out, skipped
+        return lines_of(lines, origin, self._event, texts)
 
     def is_whole(self, line: bytes) -> bool:
         """Nothing tells: it is taken as it is."""
